@@ -1,0 +1,1 @@
+"""Language models: SPIN, SPPO and APO, with DPO and IPO as baselines."""

@@ -1,0 +1,237 @@
+"""Engines: what samples responses. vLLM first; transformers' generate where vLLM does not run.
+
+Each request carries its own seed, so a response depends on its prompt and seed, not on its batch
+(up to rounding, which is why shards have a fixed composition).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparring.alignment.config import GenerateConfig
+from sparring.launch.errors import SparringError
+from sparring.launch.processes import World
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A continuation; `ids` ends with the EOS that stopped it, if one did."""
+
+    ids: tuple[int, ...]
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """Samples one continuation a request, in the order of the requests."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]: ...
+
+
+def build_engine(
+    config: GenerateConfig,
+    model: Path,
+    *,
+    dtype: str,
+    eos: Sequence[int],
+    max_length: int,
+    world: World,
+) -> Engine:
+    """The engine that a recipe names."""
+    kind = VLLMEngine if config.engine == "vllm" else TransformersEngine
+    return kind(config, model, dtype=dtype, eos=eos, max_length=max_length, world=world)
+
+
+def _vllm_environment(config: GenerateConfig, world: World) -> None:
+    """Environment that vLLM reads at import. Each rank is an engine of its own."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    # In one process the scheduler sees all requests before its first step, every time: with its own
+    # process, batches would depend on when requests arrive.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[world.local_rank :: world.size] or cores
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, share)))
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(int(config.memory) or 2))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices and world.size > 1:
+        listed = devices.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = listed[world.local_rank % len(listed)]
+    elif world.size > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(world.local_rank)
+
+
+class VLLMEngine:
+    """vLLM with one engine a process."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        model: Path,
+        *,
+        dtype: str,
+        eos: Sequence[int],
+        max_length: int,
+        world: World,
+    ) -> None:
+        _vllm_environment(config, world)
+        try:
+            import vllm
+        except ImportError as error:
+            raise SparringError(
+                f"vLLM cannot be imported here ({error}); install it (`make install`), name "
+                'another interpreter under [launch.python], or set generate.engine = "transformers"'
+            ) from None
+        options: dict[str, Any] = {}
+        if config.memory and self._on_gpu():
+            options["gpu_memory_utilization"] = config.memory
+        if not self._on_gpu():
+            # Chunked prefill rewinds per-request generators by their offset, which CPU generators
+            # do not have ("CPU Generator does not use offset", vllm 0.32).
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False}
+            options["max_num_batched_tokens"] = max(4096, max_length)
+        self._llm = vllm.LLM(
+            str(model),
+            dtype=dtype,
+            max_model_len=max_length,
+            max_num_seqs=config.max_batch,
+            seed=0,
+            **options,
+        )
+        self._vllm, self._config, self._eos = vllm, config, list(eos)
+
+    @staticmethod
+    def _on_gpu() -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        config = self._config
+        self._llm.reset_prefix_cache()  # what an earlier shard left there must not change rounding
+        prompts = [self._vllm.TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
+        params = [
+            self._vllm.SamplingParams(
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=config.max_new_tokens,
+                stop_token_ids=self._eos,
+                seed=r.seed,
+                detokenize=False,
+            )
+            for r in requests
+        ]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            Sample(tuple(o.outputs[0].token_ids), str(o.outputs[0].finish_reason)) for o in outputs
+        ]
+
+
+class TransformersEngine:
+    """transformers' generate, with seeds a response by the Gumbel-max trick.
+
+    argmax(logits/T + Gumbel noise) is an exact sample of softmax(logits/T); each row draws its
+    noise from its own generator, so that a row's randomness does not depend on its batch.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        model: Path,
+        *,
+        dtype: str,
+        eos: Sequence[int],
+        max_length: int,
+        world: World,
+    ) -> None:
+        from sparring.alignment.models import device, load_policy
+
+        self._config, self._eos = config, list(eos)
+        self._model = load_policy(model, dtype).to(device())
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        found: dict[int, Sample] = {}
+        for start in range(0, len(order), self._config.max_batch):
+            batch = order[start : start + self._config.max_batch]
+            samples = self._batch([requests[i] for i in batch])
+            found |= dict(zip(batch, samples, strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def _batch(self, requests: Sequence[Request]) -> list[Sample]:
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        width = max(len(r.prompt_ids) for r in requests)
+        pad = self._eos[0]
+        ids = torch.full((len(requests), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(list(request.prompt_ids))
+            mask[row, width - len(request.prompt_ids) :] = 1
+        where = self._model.device
+        with torch.no_grad():
+            output = self._model.generate(
+                input_ids=ids.to(where),
+                attention_mask=mask.to(where),
+                generation_config=GenerationConfig(
+                    max_new_tokens=self._config.max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=self._eos,
+                    pad_token_id=pad,
+                ),
+                logits_processor=LogitsProcessorList(self._processors(requests)),
+            )
+        return [self._cut(row) for row in output[:, width:].tolist()]
+
+    def _processors(self, requests: Sequence[Request]) -> list[Any]:
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        config = self._config
+        if config.temperature == 0:
+            return []
+        chain: list[Any] = [TemperatureLogitsWarper(float(config.temperature))]
+        if config.top_p < 1:
+            chain.append(TopPLogitsWarper(float(config.top_p)))
+        return [*chain, _gumbel([r.seed for r in requests])]
+
+    def _cut(self, ids: list[int]) -> Sample:
+        for place, token in enumerate(ids):
+            if token in self._eos:
+                return Sample(tuple(ids[: place + 1]), "stop")
+        return Sample(tuple(ids), "length")
+
+
+def _gumbel(seeds: Sequence[int]) -> Any:
+    """A logits processor that adds Gumbel noise, each row from its own seed."""
+    import torch
+    from transformers import LogitsProcessor
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    class Gumbel(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            # -log(E) with E exponential is Gumbel noise; float64 keeps the tail.
+            noise = torch.stack(
+                [
+                    torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=g)
+                    for g in generators
+                ]
+            )
+            return scores.double() - noise.log().to(scores.device)
+
+    return Gumbel()

@@ -1,0 +1,106 @@
+"""Stage `generate`: K sampled responses a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sparring.alignment import tokens
+from sparring.alignment.engines import Request, build_engine
+from sparring.alignment.prompts import load_prompts
+from sparring.alignment.rows import Prompt, Response
+from sparring.alignment.stages import GenerateStage
+from sparring.launch import shards
+from sparring.launch.errors import SparringError
+from sparring.launch.rows import read_rows, write_rows
+from sparring.launch.seeds import derive
+from sparring.launch.stages import Context, Figures
+
+
+def read_prompts(path: Path, stage: GenerateStage) -> list[Prompt]:
+    """This stage's share of a prompts artifact, or of a plain JSONL or parquet file."""
+    file = path / f"{stage.part}.parquet"
+    prompts = read_rows(file, Prompt) if path.is_dir() else load_prompts(str(path))
+    end = stage.start + stage.count if stage.count else len(prompts)
+    if end > len(prompts):
+        raise SparringError(
+            f"{path} has {len(prompts)} prompts, but {stage.start} to {end} were asked for"
+        )
+    return prompts[stage.start : end]
+
+
+def run(
+    config: GenerateStage, inputs: Mapping[str, Path], output: Path, context: Context
+) -> Figures:
+    """Sample this rank's shards."""
+    prompts = read_prompts(inputs["prompts"], config)
+    tokenizer = tokens.load_tokenizer(inputs["model"])
+    ids = {p.prompt_id: tokens.prompt_ids(tokenizer, p, config.template) for p in prompts}
+    for prompt_id, prompt_ids in ids.items():
+        tokens.check_length(prompt_id, prompt_ids, limit=config.max_prompt_tokens)
+    longest = max(map(len, ids.values())) + config.max_new_tokens
+    _check_context(inputs["model"], longest)
+    eos = tokens.eos_ids(tokenizer, inputs["model"])
+    engine = build_engine(
+        config,
+        inputs["model"],
+        dtype=config.dtype,
+        eos=eos,
+        max_length=longest,
+        world=context.world,
+    )
+
+    def sample(chunk: Sequence[Prompt]) -> list[Response]:
+        keys = [(p, k) for p in chunk for k in range(config.k)]
+        seeds = [derive(context.seed, p.prompt_id, k) for p, k in keys]
+        requests = [
+            Request(ids[p.prompt_id], seed) for (p, _), seed in zip(keys, seeds, strict=True)
+        ]
+        return [
+            Response(
+                prompt_id=p.prompt_id,
+                k=k,
+                iteration=config.iteration,
+                text=tokenizer.decode(sample.ids, skip_special_tokens=True).strip(),
+                prompt_ids=tuple(ids[p.prompt_id]),
+                response_ids=sample.ids,
+                finish_reason=sample.finish_reason,
+                seed=seed,
+            )
+            for (p, k), seed, sample in zip(keys, seeds, engine.sample(requests), strict=True)
+        ]
+
+    shards.make(prompts, config.chunk, Response, sample, context, unit="prompts")
+    return {}
+
+
+def _check_context(model: Path, longest: int) -> None:
+    from transformers import AutoConfig
+
+    context = getattr(AutoConfig.from_pretrained(str(model)), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise SparringError(
+            f"the longest prompt and generate.max_new_tokens need {longest} tokens, but the "
+            f"model's context holds {context}; lower generate.max_new_tokens or prompts.max_tokens"
+        )
+
+
+def finish(
+    config: GenerateStage, inputs: Mapping[str, Path], output: Path, context: Context
+) -> Figures:
+    """Merge the shards into ``responses.parquet``."""
+    prompts = read_prompts(inputs["prompts"], config)
+    count = len(shards.chunks(prompts, config.chunk))
+    rows = shards.merge(count, Response, context.work)
+    write_rows(output / "responses.parquet", Response, rows)
+    sampled = sum(len(row.response_ids) for row in rows)
+    empty = sum(not row.text for row in rows)
+    if empty:
+        context.emit(note=f"{empty} of {len(rows)} responses are empty; no pair will use them")
+    return {
+        "responses": len(rows),
+        "tokens": sampled,
+        "mean_tokens": sampled / len(rows),
+        "cut": sum(row.finish_reason == "length" for row in rows) / len(rows),
+        "empty": empty,
+    }

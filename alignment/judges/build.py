@@ -1,0 +1,131 @@
+"""From a name in a recipe to a judge; plug-ins come through the group `sparring.judges`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparring.alignment.judges.protocol import Judge
+from sparring.launch.errors import UsageError
+
+GROUP = "sparring.judges"
+PAIRRM_HUB_ID = "llm-blender/PairRM-hf"
+
+
+def _verifier(
+    path: str | None, *, relevance: bool = True, device: str | None = None, **settings: Any
+) -> Judge:
+    from sparring.alignment.judges.verifier import VerifierJudge
+
+    if not relevance:
+        return VerifierJudge(None, **settings)
+    from sparring.alignment.judges.relevance import Relevance
+
+    return VerifierJudge(Relevance(path, device), **settings)
+
+
+def _pairrm(path: str | None, **options: Any) -> Judge:
+    from sparring.alignment.judges.pairrm import PairRM
+
+    return PairRM.from_pretrained(path or PAIRRM_HUB_ID, **options)
+
+
+def _reward_model(path: str | None, **options: Any) -> Judge:
+    if path is None:
+        raise UsageError("the judge reward-model needs the path or hub id of a checkpoint")
+    from sparring.alignment.judges.reward_model import RewardModel
+
+    return RewardModel.from_pretrained(path, **options)
+
+
+_BUILT_IN: dict[str, Callable[..., Judge]] = {
+    "verifier": _verifier,
+    "pairrm": _pairrm,
+    "reward-model": _reward_model,
+}
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _imported(name: str) -> Callable[..., Judge]:
+    try:
+        return EntryPoint(name=name, value=name, group=GROUP).load()  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"judge {name!r} cannot be imported ({error}); module:callable must be on PYTHONPATH"
+        ) from None
+
+
+def judge_names() -> list[str]:
+    """The judges that can be asked for: the built-in ones, then plug-ins by name."""
+    return [*_BUILT_IN, *sorted(set(_plugins()) - set(_BUILT_IN))]
+
+
+def build_judge(name: str, path: str | None = None, **options: Any) -> Judge:
+    """Build a judge by name.
+
+    Args:
+        name: "verifier", "pairrm", "reward-model" or a plug-in's. A plug-in is a callable
+            `(path, **options) -> Judge`, under the entry-point group `sparring.judges` or named as
+            `module:callable`.
+        path: checkpoint folder or hub id. None means the packaged MiniLM for the verifier and
+            the published PairRM-hf for pairrm; reward-model has no default.
+        options: for the judge's constructor, such as `batch_size`, `device`, `min_relevance`;
+            `relevance=False` runs the verifier without gate and tie-break.
+
+    Raises:
+        UsageError: unknown name or option.
+        SparringError: the judge cannot be loaded.
+    """
+    factory = _BUILT_IN.get(name)
+    if factory is None and ":" in name:
+        factory = _imported(name)
+    elif factory is None:
+        plugins = _plugins()
+        if name not in plugins:
+            near = difflib.get_close_matches(name, judge_names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UsageError(
+                f"unknown judge {name!r}{hint} The judges are: {', '.join(judge_names())}"
+            )
+        factory = plugins[name].load()
+    _refuse_unknown(name, options)
+    # Recipes give numbers as floats; a batch size of 16.0 is the count 16.
+    exact = {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in options.items()
+    }
+    return factory(path, **exact)
+
+
+def _refuse_unknown(name: str, options: dict[str, Any]) -> None:
+    """Name an option a built-in judge does not have, before anything is loaded."""
+    if name not in _BUILT_IN or not options:
+        return
+    known = set(_parameters(name))
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(
+            f"judge {name} has no option {', '.join(map(repr, unknown))}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+
+
+def _parameters(name: str) -> list[str]:
+    if name == "verifier":
+        from sparring.alignment.judges.verifier import VerifierJudge
+
+        own = list(inspect.signature(VerifierJudge).parameters)
+        return [*own, "device"]  # `relevance` is there already: here it is a switch
+    if name == "pairrm":
+        from sparring.alignment.judges.pairrm import PairRM
+
+        return list(inspect.signature(PairRM.from_pretrained).parameters)[1:]
+    from sparring.alignment.judges.reward_model import RewardModel
+
+    return list(inspect.signature(RewardModel.from_pretrained).parameters)[1:]

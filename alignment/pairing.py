@@ -1,0 +1,97 @@
+"""Stage `pair`: judged (or human) responses become training pairs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sparring.alignment import pairs as rules
+from sparring.alignment import tokens
+from sparring.alignment.judging import group_responses
+from sparring.alignment.pairs import Dropped
+from sparring.alignment.prompting import read_prompt_set
+from sparring.alignment.rows import Judged, Pair, Response
+from sparring.alignment.stages import PairStage
+from sparring.launch.errors import SparringError
+from sparring.launch.rows import read_rows, write_rows
+from sparring.launch.seeds import derive
+from sparring.launch.stages import Context, Figures
+
+
+def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
+    """Write ``pairs.parquet`` (this iteration's, with the previous one's where mixed in)."""
+    responses = read_rows(inputs["responses"] / "responses.parquet", Response)
+    made = (
+        _real_generated(config, inputs, responses)
+        if config.rule == "real-generated"
+        else _judged(config, inputs, responses, context.seed)
+    )
+    counts: Counter[str] = Counter()
+    fresh: list[Pair] = []
+    for item in made:
+        if isinstance(item, Pair):
+            fresh.append(item)
+        else:
+            counts[item.value] += 1
+    if not fresh:
+        why = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
+        raise SparringError(
+            f"no pair is left to train on ({why}); sample at a higher temperature, raise "
+            "generate.k, or lower pair.min_margin"
+        )
+    write_rows(output / "fresh.parquet", Pair, fresh)
+    rows = fresh
+    if "previous" in inputs:
+        rows = rules.mix(fresh, read_rows(inputs["previous"] / "fresh.parquet", Pair))
+    write_rows(output / "pairs.parquet", Pair, rows)
+    margin = float(np.mean([row.chosen_win - row.rejected_win for row in fresh]))
+    dropped = sum(counts.values())
+    return {
+        "pairs": len(rows),
+        "fresh": len(fresh),
+        "dropped": dropped,
+        "mean_margin": margin,
+        "dropped_because": dict(counts),
+    }
+
+
+def _real_generated(
+    config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
+) -> Iterable[Pair | Dropped]:
+    tokenizer = tokens.load_tokenizer(inputs["model"])
+    prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
+    for response in responses:
+        prompt = prompts[response.prompt_id]
+        if prompt.real is None:
+            raise SparringError(
+                f"prompt {prompt.prompt_id!r} has no real response; SPIN and SFT need one"
+            )
+        if response.k == 0:
+            limit = config.max_response_tokens
+            real = tokens.response_ids(tokenizer, prompt.real, limit=limit)
+            yield rules.real_generated(prompt, response, real)
+
+
+def _judged(
+    config: PairStage, inputs: Mapping[str, Path], responses: list[Response], seed: int
+) -> Iterable[Pair | Dropped]:
+    judged = {r.prompt_id: r for r in read_rows(inputs["judged"] / "judged.parquet", Judged)}
+    groups = group_responses(read_prompt_set(inputs["prompts"]), responses)
+    for prompt, rows in groups:
+        if prompt.prompt_id not in judged:
+            raise SparringError(
+                f"prompt {prompt.prompt_id!r} was not judged; judge these responses"
+            )
+        verdict = judged[prompt.prompt_id]
+        if config.rule == "random":
+            rng = np.random.default_rng(derive(seed, prompt.prompt_id))
+            yield rules.random_pair(
+                verdict, rows, convention=config.convention, min_margin=config.min_margin, rng=rng
+            )
+        else:
+            yield rules.best_worst(
+                verdict, rows, convention=config.convention, min_margin=config.min_margin
+            )

@@ -1,0 +1,207 @@
+"""Pair rules: which two responses to a prompt the losses compare.
+
+A rule gives a `Pair`, or the reason why there is none, so that a stage can count the reasons with a
+`Counter` and nothing disappears unreported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+
+import numpy as np
+import torch
+
+from sparring.alignment.preferences import pair_probabilities
+from sparring.alignment.rows import Judged, Pair, Prompt, Response
+from sparring.launch.errors import SparringError
+
+# Row means of the same terms in another order differ in the last bits; they must not decide a tie.
+_TIE = 1e-9
+
+
+class Dropped(StrEnum):
+    """Why a prompt gives no pair."""
+
+    SAME_TEXT = "same_text"
+    """All responses are one text: nothing to prefer."""
+    NO_PREFERENCE = "no_preference"
+    """All win probabilities are equal."""
+    SMALL_MARGIN = "small_margin"
+    """Best and worst are not more than the wanted margin apart."""
+    EMPTY = "empty"
+    """The chosen or the rejected response has no token."""
+    SAME_IDS = "same_ids"
+    """Chosen and rejected are the same tokens: their gradients cancel in the pairwise losses."""
+
+
+def _by_number(judged: Judged, responses: Sequence[Response]) -> list[Response]:
+    """The responses in the order of the judge's rows."""
+    strangers = {r.prompt_id for r in responses} - {judged.prompt_id}
+    if strangers:
+        raise SparringError(
+            f"prompt {judged.prompt_id}: given responses to {', '.join(sorted(strangers))}"
+        )
+    ordered = sorted(responses, key=lambda r: r.k)
+    numbers = [r.k for r in ordered]
+    if numbers != list(range(len(judged.logits))):
+        raise SparringError(
+            f"prompt {judged.prompt_id}: {len(judged.logits)} responses were judged, so k must run "
+            f"from 0 to {len(judged.logits) - 1}; got {numbers}. Judge these responses again"
+        )
+    return ordered
+
+
+def _probabilities(judged: Judged, convention: str) -> tuple[list[float], list[list[float]]]:
+    """P̂ of each response, and P of each beating each."""
+    try:
+        logits_BKK = torch.tensor([judged.logits], dtype=torch.float64)
+        pair_KK = pair_probabilities(logits_BKK, convention)[0]
+    except ValueError as error:
+        raise SparringError(f"prompt {judged.prompt_id}: {error}") from error
+    return pair_KK.mean(dim=1).tolist(), pair_KK.tolist()
+
+
+def _tokens_problem(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> Dropped | None:
+    if not chosen_ids or not rejected_ids:
+        return Dropped.EMPTY
+    return Dropped.SAME_IDS if tuple(chosen_ids) == tuple(rejected_ids) else None
+
+
+def best_worst(
+    judged: Judged, responses: Sequence[Response], *, convention: str, min_margin: float = 0.0
+) -> Pair | Dropped:
+    """SPPO's rule: the response with the highest P̂ against the one with the lowest.
+
+    Both win probabilities are over the K samples and include the self term (arXiv 2405.00675). Of
+    equals the lowest k is taken.
+
+    Args:
+        judged: the (K, K) judge logits of one prompt.
+        responses: its K responses, in any order; k numbers the judge's rows.
+        convention: how logits become probabilities, a key of `preferences.CONVENTIONS`.
+        min_margin: P̂_chosen − P̂_rejected must be greater than this, in [0, 1).
+
+    Returns:
+        The pair, or why there is none.
+
+    Raises:
+        ValueError: `min_margin` is out of range.
+        SparringError: the responses are not the judged ones, the logits are not finite or not
+            square, or the convention is unknown.
+    """
+    if not 0 <= min_margin < 1:
+        raise ValueError(f"min_margin must be in [0, 1), got {min_margin}")
+    ordered = _by_number(judged, responses)
+    wins, pair_win = _probabilities(judged, convention)
+    if len({r.text for r in ordered}) == 1:
+        return Dropped.SAME_TEXT
+    highest, lowest = max(wins), min(wins)
+    margin = highest - lowest
+    if margin <= _TIE:
+        return Dropped.NO_PREFERENCE
+    if margin <= min_margin:
+        return Dropped.SMALL_MARGIN
+    best = next(k for k, win in enumerate(wins) if win >= highest - _TIE)
+    worst = next(k for k, win in enumerate(wins) if win <= lowest + _TIE)
+    chosen, rejected = ordered[best], ordered[worst]
+    problem = _tokens_problem(chosen.response_ids, rejected.response_ids)
+    if problem:
+        return problem
+    return Pair(
+        pair_id=f"{judged.prompt_id}/{judged.iteration}",
+        prompt_id=judged.prompt_id,
+        iteration=judged.iteration,
+        prompt_ids=chosen.prompt_ids,
+        chosen_ids=chosen.response_ids,
+        rejected_ids=rejected.response_ids,
+        chosen_win=wins[best],
+        rejected_win=wins[worst],
+        pair_win=pair_win[best][worst],
+    )
+
+
+def random_pair(
+    judged: Judged,
+    responses: Sequence[Response],
+    *,
+    convention: str,
+    rng: np.random.Generator,
+    min_margin: float = 0.0,
+) -> Pair | Dropped:
+    """The negative control: `best_worst` with labels that a fair coin has shuffled.
+
+    The win probabilities stay with the labels: "chosen" keeps the winner's numbers even where it is
+    the loser. Rows, lengths and targets are those of the real run; only the information is gone, so
+    training on these pairs must not raise the win rate.
+
+    Args:
+        rng: one number is drawn a call, whether or not a pair comes of it.
+
+    Other arguments, returns and raises are those of `best_worst`.
+    """
+    swapped = rng.random() < 0.5
+    pair = best_worst(judged, responses, convention=convention, min_margin=min_margin)
+    if isinstance(pair, Dropped) or not swapped:
+        return pair
+    return dataclasses.replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+
+
+def real_generated(prompt: Prompt, response: Response, real_ids: Sequence[int]) -> Pair | Dropped:
+    """SPIN's rule: the real response is chosen, the policy's own sample is rejected.
+
+    No judge is asked (arXiv 2401.01335, algorithm 1): the win probabilities are 1, 0 and 1.
+
+    Args:
+        prompt: the prompt both answer.
+        response: the policy's sample.
+        real_ids: tokens of the real response, under the sample's template and ending.
+
+    Returns:
+        The pair, or why there is none.
+
+    Raises:
+        SparringError: the response belongs to another prompt.
+    """
+    if response.prompt_id != prompt.prompt_id:
+        raise SparringError(f"prompt {prompt.prompt_id}: given a response to {response.prompt_id}")
+    problem = _tokens_problem(real_ids, response.response_ids)
+    if problem:
+        return problem
+    return Pair(
+        pair_id=f"{prompt.prompt_id}/{response.iteration}/{response.k}",
+        prompt_id=prompt.prompt_id,
+        iteration=response.iteration,
+        prompt_ids=response.prompt_ids,
+        chosen_ids=tuple(real_ids),
+        rejected_ids=response.response_ids,
+        chosen_win=1.0,
+        rejected_win=0.0,
+        pair_win=1.0,
+    )
+
+
+def mix(current: Sequence[Pair], previous: Sequence[Pair]) -> list[Pair]:
+    """SPIN's training set D_t ∪ D_{t−1}: this iteration's pairs, then those of the one before.
+
+    Args:
+        current: the pairs of iteration t.
+        previous: the pairs of iteration t − 1; empty at t = 0.
+
+    Returns:
+        All of them; the trainer shuffles.
+
+    Raises:
+        SparringError: a `pair_id` occurs twice, as when both come from one iteration.
+    """
+    both = [*current, *previous]
+    twice = [pair_id for pair_id, count in Counter(p.pair_id for p in both).items() if count > 1]
+    if twice:
+        shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+        raise SparringError(
+            f"{len(twice)} of {len(both)} pairs occur twice ({shown}); current and previous must "
+            "come from different iterations"
+        )
+    return both

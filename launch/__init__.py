@@ -1,0 +1,1 @@
+"""What all jobs share: configuration, runs, stages, processes, metrics, report, command line."""

@@ -1,0 +1,309 @@
+"""The `sparring` command. Only what a command needs is imported, so that help is immediate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from sparring.launch.errors import SparringError, Stopped, UsageError
+
+_RESUME = "stopped; run the same command again to go on"
+STAGE_COMMANDS = ("generate", "judge", "pair", "reference", "train", "extrapolate", "evaluate")
+
+COMMANDS = {
+    "demo": "improve a small real model on this machine, in about ten minutes",
+    "run": "run a recipe; run it again to resume",
+    "plan": "check a recipe and list its steps, without running any",
+    "generate": "sample K responses a prompt",
+    "judge": "compare each prompt's responses with each other",
+    "pair": "turn judged or human responses into training pairs",
+    "reference": "compute the reference policy's log-probabilities once",
+    "train": "optimise a policy on pairs",
+    "extrapolate": "APO's momentum on two checkpoints",
+    "evaluate": "measure an iterate on held-out prompts",
+    "report": "write a run's report again",
+    "recipes": "list algorithms and recipes",
+    "doctor": "say which stages can run here, and why not",
+}
+
+
+def usage() -> str:
+    """The text of ``sparring --help``."""
+    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sparring COMMAND [options] [--json]",
+            "",
+            "Self-play alignment: generate, judge, pair, train, and again.",
+            "",
+            *lines,
+            "",
+            "`sparring COMMAND --help` lists its options; --json prints the result as JSON.",
+            "A recipe is a TOML file or the name of one that `sparring recipes` lists; its values",
+            "are overridden like this: sparring run sppo-smollm2 --train.lr 1e-5",
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Invocation:
+    command: str
+    arguments: list[str]
+    as_json: bool
+
+    def show(self, result: Any, text: str) -> None:
+        print(json.dumps(result, indent=1) if self.as_json else text)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or by the name of one that comes with sparring."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return path
+    return recipe_folder() / f"{name}.toml"
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with sparring are."""
+    return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def _recipe_command(call: _Invocation, *, default: str | None = None) -> tuple[Any, Any, Any]:
+    """Pipeline, recipe with overrides, and the options --out and --changed."""
+    from sparring.launch.config import parse
+    from sparring.launch.runs import load_recipe
+
+    arguments = list(call.arguments)
+    if default is None:
+        if not arguments or arguments[0].startswith("-"):
+            if arguments[:1] in (["--help"], ["-h"]):
+                arguments = ["sppo-smollm2", "--help"]
+            else:
+                raise UsageError(
+                    f"sparring {call.command} needs a recipe first; `sparring recipes` lists them"
+                )
+        name = arguments.pop(0)
+    else:
+        name = default
+    pipeline, recipe = load_recipe(find_recipe(name))
+    options_type = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("recipe", Annotated[pipeline.recipe, _flat()]),
+            ("out", Path | None, None),
+            ("changed", bool, False),
+        ],
+        frozen=True,
+    )
+    prog = f"sparring {call.command}" + ("" if default else " RECIPE")
+    options = parse(
+        options_type,
+        arguments,
+        prog=prog,
+        description=f"{COMMANDS[call.command]}. --out: folder of the run (default runs/NAME).",
+        default=options_type(recipe=recipe),
+    )
+    out = options.out or Path("runs") / options.recipe.name
+    return pipeline, options.recipe, dataclasses.replace(options, out=out)
+
+
+def _flat() -> Any:
+    import tyro
+
+    return tyro.conf.arg(name="")
+
+
+def _execute(call: _Invocation, pipeline: Any, recipe: Any, options: Any) -> int:
+    from sparring.launch import runs
+    from sparring.launch.progress import Reporter
+
+    reporter = Reporter(quiet=call.as_json)
+    reporter.say(f"{recipe.name}: {recipe.algorithm}, {options.out}")
+    result = runs.execute(pipeline, recipe, options.out, reporter, changed=options.changed)
+    text = result.pop("table", "")
+    kept = f"{result['computed']} steps computed, {result['kept']} kept"
+    call.show(result, f"\n{text}\n\n{kept}\nreport: {result['report']}")
+    return 0
+
+
+def _run(call: _Invocation) -> int:
+    return _execute(call, *_recipe_command(call))
+
+
+def _demo(call: _Invocation) -> int:
+    return _execute(call, *_recipe_command(call, default="demo"))
+
+
+def _plan(call: _Invocation) -> int:
+    from sparring.launch import runs
+    from sparring.launch.config import plain
+
+    pipeline, recipe, options = _recipe_command(call)
+    planned = runs.plan(pipeline, recipe, options.out)
+    rows = [{"step": p.step.name, "state": p.state, "inputs": dict(p.step.inputs)} for p in planned]
+    lines = [f"{recipe.name}: {len(rows)} steps in {options.out}"]
+    lines += [f"  {row['state']:<6} {row['step']:<24} {_sources(row['inputs'])}" for row in rows]
+    call.show({"recipe": plain(recipe), "steps": rows}, "\n".join(lines))
+    return 0
+
+
+def _sources(inputs: Any) -> str:
+    return "from " + ", ".join(dict.fromkeys(inputs.values())) if inputs else ""
+
+
+def _stage(call: _Invocation) -> int:
+    """Run one stage on files: ``sparring generate --model … --prompts … --out …``."""
+    import tyro
+
+    from sparring.launch import runs, stages
+    from sparring.launch.config import parse
+    from sparring.launch.progress import Reporter
+
+    known = runs.pipelines().values()
+    stage = next(p.stages[call.command] for p in known if call.command in p.stages)
+    fields: list[Any] = [("out", Path)]
+    for name, text in stage.inputs.items():
+        shown = tyro.conf.arg(help=text, metavar="PATH")
+        kind: Any = Annotated[Path | None, shown] if name.endswith("?") else Annotated[Path, shown]
+        plain_name = name.removesuffix("?")
+        fields.append((plain_name, kind, None) if name.endswith("?") else (plain_name, kind))
+    fields.sort(key=len)
+    fields += [
+        ("seed", int, 0),
+        ("launch", stages.LaunchConfig, stages.LaunchConfig()),
+        ("settings", Annotated[stage.config, _flat()], stage.config()),
+    ]
+    options_type = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
+    options = parse(
+        options_type,
+        call.arguments,
+        prog=f"sparring {call.command}",
+        description=f"{stage.summary}. The result is a folder; running again resumes.",
+    )
+    names = [name.removesuffix("?") for name in stage.inputs]
+    inputs = {name: getattr(options, name) for name in names if getattr(options, name)}
+    step = stages.Step(options.out.name, stage, options.settings, {}, options.seed)
+    reporter = Reporter(quiet=call.as_json)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with runs.sigterm_stops():
+        reporter.start(call.command)
+        artifact, fresh = stages.execute(
+            step,
+            inputs,
+            options.out,
+            options.launch,
+            logs=options.out.parent / "logs",
+            on_event=reporter.event,
+        )
+        reporter.stop(runs.describe(artifact) if fresh else "kept, it was there already")
+    files = ", ".join(artifact.manifest["files"])
+    result = {"out": str(options.out), "digest": artifact.digest, "computed": fresh}
+    call.show({**result, "figures": artifact.figures}, f"{options.out}: {files}")
+    return 0
+
+
+def _report(call: _Invocation) -> int:
+    import tyro
+
+    from sparring.launch import runs
+    from sparring.launch.config import build, parse
+
+    positional = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="folder of the run")]
+    options_type = dataclasses.make_dataclass("Options", [("run", positional)])
+    options = parse(
+        options_type, call.arguments, prog="sparring report", description=COMMANDS["report"]
+    )
+    path = options.run / runs.RUN_FILE
+    if not path.is_file():
+        raise SparringError(f"{options.run} is no run: it has no {runs.RUN_FILE}")
+    data = json.loads(path.read_text())["recipe"]
+    pipeline = runs.pipelines()[data["pipeline"]]
+    recipe = build(pipeline.recipe, data, str(path))
+    report = pipeline.report(recipe, options.run)
+    summary = dict(pipeline.summary(recipe, options.run))
+    text = summary.pop("table", "")
+    call.show({"report": str(report), **summary}, f"{text}\n\nreport: {report}")
+    return 0
+
+
+def _recipes(call: _Invocation) -> int:
+    from sparring.launch import runs
+
+    folder = recipe_folder()
+    rows = []
+    for path in sorted(folder.rglob("*.toml")):
+        recipe: Any = runs.load_recipe(path)[1]
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        rows.append({"recipe": name, "algorithm": recipe.algorithm, "about": first})
+    algorithms = [
+        {"algorithm": name, "about": about}
+        for pipeline in runs.pipelines().values()
+        for name, about in pipeline.algorithms().items()
+    ]
+    lines = ["algorithms:"]
+    lines += [f"  {row['algorithm']:<14} {row['about']}" for row in algorithms]
+    lines += ["recipes:"]
+    lines += [f"  {row['recipe']:<26} {row['about']}" for row in rows]
+    call.show({"algorithms": algorithms, "recipes": rows}, "\n".join(lines))
+    return 0
+
+
+def _doctor(call: _Invocation) -> int:
+    from sparring.launch.doctor import examine
+
+    findings = examine()
+    lines = [f"  {'ok' if f.ok else 'NO':<3} {f.name:<30} {f.detail}" for f in findings]
+    call.show([dataclasses.asdict(f) for f in findings], "\n".join(lines))
+    return 0 if all(f.ok for f in findings) else 1
+
+
+_HANDLERS: dict[str, Callable[[_Invocation], int]] = {
+    "demo": _demo,
+    "run": _run,
+    "plan": _plan,
+    "report": _report,
+    "recipes": _recipes,
+    "doctor": _doctor,
+    **dict.fromkeys(STAGE_COMMANDS, _stage),
+}
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from sparring import __version__
+
+        print(__version__)
+        return 0
+    command, *rest = arguments
+    if command not in _HANDLERS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown command {command!r}{hint} (sparring --help lists all)")
+    as_json = "--json" in rest
+    return _HANDLERS[command](_Invocation(command, [a for a in rest if a != "--json"], as_json))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 ok, 1 failed, 2 usage, 75 stopped and resumable."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print(f"\n{_RESUME}", file=sys.stderr)
+        return Stopped.exit_code
+    except SparringError as error:
+        print(f"sparring: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Recipes and options: TOML files validated into frozen dataclasses.
+
+Nothing here imports torch, so that `sparring --help` and checking a recipe stay fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+from sparring.launch.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[Config]) -> type[Config]:
+    """A frozen, keyword-only dataclass whose unknown keys are refused when read from a file."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _keys(cls: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Names that are allowed at a dotted path of a configuration class."""
+    import typing
+
+    for part in path:
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        cls = hints.get(str(part))
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _explain(cls: type, error: Mapping[str, Any]) -> str:
+    *parents, key = error["loc"] or ("",)
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = _keys(cls, tuple(parents))
+        near = difflib.get_close_matches(str(key), allowed, n=1)
+        place = ".".join([*map(str, parents), near[0]]) if near else ""
+        return f"unknown key {name!r}; " + (
+            f"did you mean {place!r}?" if near else f"allowed here: {', '.join(allowed)}"
+        )
+    if error["type"] in ("missing", "missing_argument"):
+        return f"key {name!r} is missing"
+    problem = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{name + ': ' if name else ''}{problem}{shown}"
+
+
+def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
+    """Validate plain data into a configuration class.
+
+    Raises:
+        UsageError: every unknown key (with the nearest allowed one), wrong type and bad value.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(dict(data))
+    except ValidationError as error:
+        problems = [_explain(cls, item) for item in error.errors()]
+        raise UsageError("\n".join(f"{where}: {problem}" for problem in problems)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: no such file, or where the syntax is wrong.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe; `sparring recipes` lists them") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, not a recipe file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse(
+    cls: Any, arguments: list[str], *, prog: str, description: str, default: Any = None
+) -> Any:
+    """Parse command-line options into a dataclass; `default` is what they override.
+
+    Raises:
+        UsageError: a value that the class itself refuses.
+    """
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        return tyro.cli(
+            cls,
+            args=arguments,
+            prog=prog,
+            description=description,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+            **options,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def at(schedule: Any, iteration: int) -> Any:
+    """The value of a per-iteration schedule: a single value, or a list whose last entry stays."""
+    if isinstance(schedule, tuple):
+        return schedule[min(iteration, len(schedule) - 1)]
+    return schedule
+
+
+def plain(value: Any) -> Any:
+    """Configuration as JSON-ready data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two plain configurations differ, as "key: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        ]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} -> {new!r}"]

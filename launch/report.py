@@ -1,0 +1,90 @@
+"""Reports: one self-contained HTML file with inline SVG. Nothing is loaded from a network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from sparring.launch.artifacts import write_atomically
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing; `svg` is trusted markup from `line_chart`."""
+
+    svg: object
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with any of a note, charts, a table and preformatted text."""
+
+    heading: str
+    note: str = ""
+    charts: Sequence[Chart] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    text: bool = False
+    """Whether the table holds prose instead of numbers."""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line with optional intervals: `low` and `high` as long as `y`, or empty."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, caption: str) -> Chart:
+    """Draw lines as SVG; intervals become error bars."""
+    import matplotlib as mpl
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # A fixed salt and no date: the same figures give the same file.
+    with mpl.rc_context({"svg.hashsalt": "sparring", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4.2, 2.7), layout="constrained")
+        axes = figure.subplots()
+        for one in series:
+            if len(one.low):
+                below = [y - low for y, low in zip(one.y, one.low, strict=True)]
+                above = [high - y for y, high in zip(one.y, one.high, strict=True)]
+                axes.errorbar(
+                    one.x, one.y, yerr=[below, above], marker="o", capsize=3, label=one.name
+                )
+            else:
+                axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if all(float(x).is_integer() for one in series for x in one.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawing = buffer.getvalue()
+    return Chart(Markup(drawing[drawing.index("<svg") :]), caption)
+
+
+def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Render the sections into an HTML file; all text is escaped."""
+    from jinja2 import Environment
+
+    source = resources.files("sparring.launch").joinpath("report.html").read_text("utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
+    write_atomically(path, template.render(title=title, lead=lead, sections=sections))
+    return path

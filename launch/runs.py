@@ -1,0 +1,213 @@
+"""Runs: a recipe's chain of steps in one folder. Running again is resuming."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from sparring.launch import artifacts, stages
+from sparring.launch.artifacts import Artifact
+from sparring.launch.config import build, differences, plain, read_toml
+from sparring.launch.errors import SparringError, Stopped, UsageError
+from sparring.launch.progress import Reporter
+from sparring.launch.stages import LaunchConfig, Stage, Step
+
+RUN_FILE = "run.json"
+
+
+class Pipeline(Protocol):
+    """What a package registers under the entry-point group ``sparring.pipelines``."""
+
+    recipe: type
+    stages: Mapping[str, Stage]
+
+    def algorithms(self) -> Mapping[str, str]: ...
+
+    def steps(self, recipe: Any) -> Sequence[Step]: ...
+
+    def report(self, recipe: Any, run: Path) -> Path: ...
+
+    def summary(self, recipe: Any, run: Path) -> Mapping[str, Any]: ...
+
+
+def pipelines() -> dict[str, Pipeline]:
+    """All registered pipelines by name."""
+    found = importlib.metadata.entry_points(group="sparring.pipelines")
+    return {entry.name: entry.load() for entry in found}
+
+
+def load_recipe(path: Path) -> tuple[Pipeline, Any]:
+    """Read and validate a recipe file.
+
+    Raises:
+        UsageError: unreadable, unknown pipeline, unknown key, wrong type or value.
+    """
+    data = read_toml(path)
+    name = data.get("pipeline", "alignment")
+    known = pipelines()
+    if name not in known:
+        raise UsageError(f"{path}: pipeline {name!r} is unknown; known are {', '.join(known)}")
+    return known[name], build(known[name].recipe, data, str(path))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step with what is known of it before it runs."""
+
+    step: Step
+    state: str
+    """"done", "to do", or "waits" for inputs that are not there yet."""
+
+
+def _resolve(step: Step, made: Mapping[str, Path]) -> dict[str, Path] | None:
+    inputs = {}
+    for name, source in step.inputs.items():
+        if source.startswith("path:"):
+            inputs[name] = Path(source.removeprefix("path:"))
+        elif source in made:
+            inputs[name] = made[source]
+        else:
+            return None
+    return inputs
+
+
+def plan(pipeline: Pipeline, recipe: Any, folder: Path) -> list[Planned]:
+    """The steps of a recipe and which of them a folder already holds. Writes nothing."""
+    made: dict[str, Path] = {}
+    planned = []
+    for step in pipeline.steps(recipe):
+        inputs = _resolve(step, made)
+        output = folder / step.name
+        state = "waits"
+        if inputs is not None:
+            artifact = artifacts.read(output)
+            done = artifact is not None and artifact.key == stages.content_key(step, inputs)
+            state = "done" if done else "to do"
+            if done:
+                made[step.name] = output
+        planned.append(Planned(step, state))
+    return planned
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process.
+
+    Raises:
+        SparringError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SparringError(
+            f"another sparring process is working in {folder}; wait for it, stop it, "
+            "or choose another folder with --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """SIGTERM, as clusters send it before they take a node away, ends a run like Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped; run the same command again to go on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _claim(folder: Path, recipe: Any, *, changed: bool) -> None:
+    """Record the recipe in the folder, or refuse a folder of another one."""
+    # How a run is launched may change between two calls: it is not part of what it computes.
+    new = {k: v for k, v in plain(recipe).items() if k != "launch"}
+    path = folder / RUN_FILE
+    if path.exists():
+        old = json.loads(path.read_text())["recipe"]
+        different = differences(old, new)
+        if different and not changed:
+            raise SparringError(
+                f"{folder} belongs to another recipe:\n  "
+                + "\n  ".join(different)
+                + "\nChoose another --out, or add --changed to go on with this recipe there "
+                "(what is still valid is kept)."
+            )
+    elif folder.exists() and any(p.name not in (".lock",) for p in folder.iterdir()):
+        raise SparringError(
+            f"{folder} is not empty and is no run of sparring; choose another --out"
+        )
+    artifacts.write_json(path, {"recipe": new})
+
+
+def execute(
+    pipeline: Pipeline, recipe: Any, folder: Path, reporter: Reporter, *, changed: bool = False
+) -> dict[str, Any]:
+    """Make every step of a recipe that is not there yet, then the report.
+
+    Returns:
+        Paths, counts of computed and kept steps, and the pipeline's summary.
+
+    Raises:
+        SparringError: a step failed, the folder is of another recipe or in use.
+        Stopped: asked to stop; what is done stays.
+    """
+    launch: LaunchConfig = recipe.launch
+    computed = 0
+    made: dict[str, Path] = {}
+    steps = pipeline.steps(recipe)
+    with locked(folder), sigterm_stops():
+        _claim(folder, recipe, changed=changed)
+        for number, step in enumerate(steps, 1):
+            inputs = _resolve(step, made)
+            assert inputs is not None, f"{step.name} comes before its inputs"
+            reporter.start(f"[{number}/{len(steps)}] {step.name}")
+            try:
+                artifact, fresh = stages.execute(
+                    step,
+                    inputs,
+                    folder / step.name,
+                    launch,
+                    logs=folder / "logs",
+                    on_event=reporter.event,
+                )
+            except BaseException:
+                reporter.stop("stopped")
+                raise
+            reporter.stop(describe(artifact) if fresh else f"kept    {describe(artifact)}")
+            computed += fresh
+            made[step.name] = artifact.path
+        report = pipeline.report(recipe, folder)
+    return {
+        "run": str(folder),
+        "report": str(report),
+        "computed": computed,
+        "kept": len(steps) - computed,
+        **pipeline.summary(recipe, folder),
+    }
+
+
+def describe(artifact: Artifact) -> str:
+    """One line about an artifact: how long it took and its main figures."""
+    shown: list[str] = []
+    for name, value in artifact.figures.items():
+        if isinstance(value, (int, float, str)) and len(shown) < 4:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            shown.append(f"{name} {text}")
+    return f"{artifact.manifest['seconds']:6.1f} s   {', '.join(shown)}"

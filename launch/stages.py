@@ -1,0 +1,233 @@
+"""Stages: functions from input artifacts to one output artifact.
+
+A stage's `run` is called once a rank as ``run(config, inputs, output, context)`` and may leave
+shards in ``output/work``; `finish`, where there is one, is called once after all ranks are through,
+merges them and returns the figures. What `run` of rank 0 returns are figures too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import socket
+import time
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparring.launch import artifacts, processes
+from sparring.launch.artifacts import Artifact
+from sparring.launch.config import build, config, plain
+from sparring.launch.errors import SparringError
+from sparring.launch.processes import World
+
+Figures = dict[str, Any]
+
+
+@config
+class LaunchConfig:
+    """How stages are started. Nothing here changes what they compute."""
+
+    processes: int = 1
+    """Ranks a stage on this host; more than one are started by DeepSpeed's launcher."""
+    inline: tuple[str, ...] = ()
+    """Stages to run inside the driver's process on one rank: saves their start-up with small models.
+    By default each heavy stage has a process of its own: all its memory comes back."""
+    python: dict[str, str] = field(default_factory=dict)
+    """Interpreter for a stage by its name, when it needs packages that this one has not."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"launch.processes must be at least 1, not {self.processes}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is told besides its configuration."""
+
+    world: World
+    work: Path
+    """Folder for shards and checkpoints that survive an interruption."""
+    seed: int
+    stopped: Callable[[], bool] = lambda: False
+    """True once the stage was asked to stop: save and raise Stopped."""
+    emit: Callable[..., None] = processes.emit
+    """Reports progress: ``emit(done=3, total=10, unit="rows")``, or a note: ``emit(note="…")``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of work. Functions are named, not imported, so that planning loads no model code."""
+
+    name: str
+    summary: str
+    function: str
+    """``module:function`` called on every rank."""
+    config: type
+    version: str
+    """Part of the content key: to be raised when the same input would give another output."""
+    inputs: Mapping[str, str]
+    """Input names with what they are."""
+    finish: str | None = None
+    light: bool = False
+    """Needs no model: always runs inside the driver, on one rank."""
+    single: bool = False
+    """Always one rank, in its own process."""
+    packages: tuple[str, ...] = ()
+    """Distributions whose versions decide the result; part of the content key."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One use of a stage in a run."""
+
+    name: str
+    """Folder of the output below the run, e.g. ``iter1/generate``."""
+    stage: Stage
+    config: Any
+    inputs: Mapping[str, str]
+    """Input name to the name of an earlier step, or to a path outside the run (``path:…``)."""
+    seed: int = 0
+
+
+def load(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return typing.cast("Callable[..., Any]", getattr(importlib.import_module(module), function))
+
+
+def package_versions(stage: Stage) -> dict[str, str]:
+    """Installed versions of the packages that decide a stage's result."""
+    found = {}
+    for package in stage.packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def content_key(step: Step, inputs: Mapping[str, Path]) -> str:
+    """Hash of all that decides a step's output."""
+    return artifacts.hash_json(
+        {
+            "stage": step.stage.name,
+            "version": step.stage.version,
+            "packages": package_versions(step.stage),
+            "config": plain(step.config),
+            "seed": step.seed,
+            "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+        }
+    )
+
+
+def write_job(step: Step, inputs: Mapping[str, Path], output: Path) -> Path:
+    """Write the file that a worker process reads."""
+    path = output / artifacts.WORK / "job.json"
+    job = {
+        "function": step.stage.function,
+        "config": plain(step.config),
+        "inputs": {name: str(Path(path).absolute()) for name, path in inputs.items()},
+        "output": str(output.absolute()),
+        "seed": step.seed,
+        "driver": {"pid": os.getpid(), "host": socket.gethostname()},
+    }
+    artifacts.write_json(path, job)
+    return path
+
+
+def run_job(job: Mapping[str, Any], context: Context) -> Figures:
+    """Call a stage's function as a job file describes it."""
+    function = load(job["function"])
+    config_type = typing.get_type_hints(function)["config"]
+    inputs = {name: Path(path) for name, path in job["inputs"].items()}
+    figures = function(
+        build(config_type, job["config"], job["function"]), inputs, Path(job["output"]), context
+    )
+    return typing.cast(Figures, figures or {})
+
+
+def execute(
+    step: Step,
+    inputs: Mapping[str, Path],
+    output: Path,
+    launch: LaunchConfig,
+    *,
+    logs: Path,
+    on_event: Callable[[dict[str, Any]], None],
+) -> tuple[Artifact, bool]:
+    """Make a step's artifact unless it is there already.
+
+    Returns:
+        The artifact, and whether it was computed now.
+
+    Raises:
+        SparringError: the stage failed, or another process is making the same artifact.
+    """
+    key = content_key(step, inputs)
+    artifact = artifacts.prepare(output, key)
+    if artifact:
+        return artifact, False
+    started = time.time()
+    figures = _run_ranks(step, inputs, output, launch, logs=logs, on_event=on_event)
+    if step.stage.finish:
+        finish = load(step.stage.finish)
+        figures |= finish(step.config, inputs, output, _local_context(step, output, on_event))
+    facts = {
+        "stage": step.stage.name,
+        "version": step.stage.version,
+        "packages": package_versions(step.stage),
+        "config": plain(step.config),
+        "seed": step.seed,
+        "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+        "processes": launch.processes,
+        "seconds": round(time.time() - started, 2),
+        "figures": figures,
+    }
+    return artifacts.complete(output, key, facts), True
+
+
+def _local_context(step: Step, output: Path, on_event: Callable[[dict[str, Any]], None]) -> Context:
+    return Context(
+        world=World(),
+        work=output / artifacts.WORK,
+        seed=step.seed,
+        emit=lambda **event: on_event(event),
+    )
+
+
+def _run_ranks(
+    step: Step,
+    inputs: Mapping[str, Path],
+    output: Path,
+    launch: LaunchConfig,
+    *,
+    logs: Path,
+    on_event: Callable[[dict[str, Any]], None],
+) -> Figures:
+    ranks = 1 if step.stage.light or step.stage.single else launch.processes
+    named = step.stage.name in launch.python
+    inline = ranks == 1 and step.stage.name in launch.inline and not named
+    if step.stage.light or inline:
+        job = json.loads(write_job(step, inputs, output).read_text())
+        with processes.stop_flag() as stopped:
+            context = _local_context(step, output, on_event)
+            return run_job(job, Context(**{**vars(context), "stopped": stopped}))
+    path = write_job(step, inputs, output)
+    errors = output / artifacts.WORK / "errors"
+    for old in errors.glob("rank*.txt"):
+        old.unlink()
+    processes.run(
+        processes.command(processes.python_of(launch.python, step.stage.name), path, ranks),
+        log=logs / f"{step.name.replace('/', '-')}.log",
+        errors=errors,
+        environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+        on_event=on_event,
+    )
+    result = output / artifacts.WORK / "result.json"
+    if not result.is_file():
+        raise SparringError(f"stage {step.name} ended without a result; its log is in {logs}")
+    return typing.cast(Figures, json.loads(result.read_text()))

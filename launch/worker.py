@@ -1,0 +1,48 @@
+"""One rank of a stage: ``python -m sparring.launch.worker JOB.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparring.launch import artifacts, processes
+from sparring.launch.errors import SparringError
+from sparring.launch.processes import World
+from sparring.launch.stages import Context, run_job
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job file; keep the exception where the driver finds it when it fails."""
+    # DeepSpeed's launcher puts --local_rank=N before or after a module's own arguments.
+    path = Path(next(a for a in arguments if not a.startswith("--")))
+    job = json.loads(path.read_text())
+    work = path.parent
+    world = World.from_environment()
+    processes.watch_driver(job["driver"]["pid"], job["driver"]["host"])
+    lock = FileLock(work.parent / f".rank{world.rank}.lock")
+    try:
+        try:
+            lock.acquire(timeout=15)
+        except Timeout:
+            raise SparringError(
+                f"another process is still writing {work.parent}; wait for it or stop it"
+            ) from None
+        with processes.stop_flag() as stopped:
+            context = Context(world=world, work=work, seed=job["seed"], stopped=stopped)
+            figures = run_job(job, context)
+        if world.rank == 0:
+            artifacts.write_json(work / "result.json", figures)
+    except Exception as error:
+        processes.record_error(work / "errors", world.rank, error)
+        if not isinstance(error, SparringError):
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

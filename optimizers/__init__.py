@@ -1,0 +1,5 @@
+"""Optimizers by name."""
+
+from sparring.optimizers.build import build_optimizer
+
+__all__ = ["build_optimizer"]

@@ -1,0 +1,1 @@
+"""Policy gradients with recursive variance reduction (STORM-PG and relatives)."""

@@ -1,0 +1,1 @@
+"""Protein conformations (ConfDiff) and stochastic solvers."""
