@@ -7,6 +7,7 @@ stays for the iterations after it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -17,8 +18,20 @@ Schedule = float | tuple[float, ...]
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive, not {value}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def _values(name: str, schedule: Schedule) -> tuple[float, ...]:
+    values = schedule if isinstance(schedule, tuple) else (schedule,)
+    if not values:
+        raise ValueError(f"{name} is an empty list; give a number, or one an iteration")
+    return values
 
 
 @config
@@ -47,7 +60,15 @@ class PromptsConfig:
     fresh: bool = True
     """Give each iteration its own share of the prompts (SPPO, APO), or all to each (SPIN)."""
     max_tokens: int = 512
-    """Longest prompt in tokens; longer ones are an error, not cut."""
+    """Longest prompt in tokens; none is cut."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a longer prompt: the run ends, or goes on without it and counts it."""
+    split: str = "train"
+    """Split of a data set."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "heldout", "max_tokens"):
+            _positive(f"prompts.{name}", getattr(self, name))
 
 
 @config
@@ -75,10 +96,10 @@ class GenerateConfig:
     """vLLM's key-value cache: GiB on a CPU (0: 2), share of the GPU's memory on CUDA (0: 0.9)."""
 
     def __post_init__(self) -> None:
-        _positive("generate.k", self.k)
-        _positive("generate.max_new_tokens", self.max_new_tokens)
-        _positive("generate.top_p", self.top_p)
-        _positive("generate.chunk", self.chunk)
+        for name in ("k", "max_new_tokens", "chunk", "max_batch"):
+            _positive(f"generate.{name}", getattr(self, name))
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generate.top_p is a probability above 0, not {self.top_p}")
         if self.temperature < 0:
             raise ValueError(f"generate.temperature must not be negative, not {self.temperature}")
 
@@ -96,23 +117,37 @@ class JudgeConfig:
     chunk: int = 64
     """Prompts a shard."""
 
+    def __post_init__(self) -> None:
+        _positive("judge.chunk", self.chunk)
+
 
 @config
-class PairConfig:
+class PairSettings:
     """How judged responses become training pairs."""
 
-    rule: Literal["", "best-worst", "real-generated", "random"] = ""
-    """Empty: the algorithm's own. "random" is the control: best and worst, labelled by a coin."""
     convention: Literal["pairwise", "pairwise-one-order", "mean-probability", "aggregated"] = (
         "pairwise"
     )
     """How judge logits become win probabilities; "aggregated" is the SPPO repository's."""
     min_margin: float = 0.0
     """Drop pairs whose two win probabilities differ by no more than this."""
-    mix_previous: bool | None = None
-    """Train on the previous iteration's pairs too (SPIN); default: as the algorithm does."""
     max_response_tokens: int = 256
     """Where a given (human) response is cut, for real-generated pairs."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_margin < 1:
+            raise ValueError(f"pair.min_margin is from 0 to below 1, not {self.min_margin}")
+        _positive("pair.max_response_tokens", self.max_response_tokens)
+
+
+@config
+class PairConfig(PairSettings):
+    """How judged responses become training pairs."""
+
+    rule: Literal["", "best-worst", "real-generated", "random"] = ""
+    """Empty: the algorithm's own. "random" is the control: a coin reverses the judge's verdict."""
+    mix_previous: bool | None = None
+    """Train on the previous iteration's pairs too (SPIN); default: as the algorithm does."""
 
 
 @config
@@ -128,15 +163,20 @@ class TrainConfig:
     lr: Schedule = 5e-7
     """Peak learning rate. The papers' 5e-7 is for 7B models; 2e-5 suits SmolLM2-135M."""
     beta1: float = 0.9
+    """AdamW's decay of the first moment."""
     beta2: float = 0.95
-    """AdamW's second moment; RMSprop's smoothing."""
+    """AdamW's decay of the second moment."""
+    smoothing: float = 0.99
+    """RMSprop's decay of the squared gradient."""
     weight_decay: float = 0.0
+    """AdamW's, decoupled; on matrices only."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate after the warm-up."""
     warmup: float = 0.1
     """Share of the schedule over which the learning rate rises from 0."""
-    epochs: Schedule = 1
+    epochs: Schedule = 1.0
     """Passes over the pairs."""
-    schedule_epochs: float = 0
+    schedule_epochs: float = 0.0
     """Passes the schedule is laid out for; 0: `epochs`. SPPO's paper: 18, stopping after 1."""
     batch: int = 64
     """Pairs an optimizer step, over all ranks."""
@@ -147,6 +187,7 @@ class TrainConfig:
     max_length: int = 1024
     """Longest prompt and response in tokens; longer pairs are dropped and counted, not cut."""
     gradient_checkpointing: bool = False
+    """Recompute activations going backward: less memory, about a third more work."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number type of the forward pass; weights and optimizer stay float32."""
     zero: int = -1
@@ -156,6 +197,7 @@ class TrainConfig:
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. The result is merged."""
     lora_alpha: float = 16.0
+    """Scale of the adapters' product is lora_alpha / lora_rank."""
     save_every: int = 50
     """Optimizer steps between checkpoints inside the epoch; 0: none."""
     logits_chunk: int = 1024
@@ -165,9 +207,10 @@ class TrainConfig:
         for name in ("batch", "micro_batch", "max_length", "logits_chunk"):
             _positive(f"train.{name}", getattr(self, name))
         for name in ("beta", "lr", "epochs"):
-            value = getattr(self, name)
-            for one in value if isinstance(value, tuple) else (value,):
-                _positive(f"train.{name}", one)
+            for value in _values(f"train.{name}", getattr(self, name)):
+                _positive(f"train.{name}", value)
+        for name in ("clip", "lora_rank", "save_every", "weight_decay", "schedule_epochs"):
+            _within(f"train.{name}", getattr(self, name), 0, math.inf)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup is a share from 0 to below 1, not {self.warmup}")
         if self.zero not in (-1, 0, 1, 2, 3):
@@ -188,6 +231,15 @@ class MomentumConfig:
     start: Literal["extrapolated", "solution"] = "extrapolated"
     """Where the next iteration's training starts: π_{t+1}, or π̂_{t+1}. The paper does not say."""
 
+    def __post_init__(self) -> None:
+        for value in _values("momentum.alpha", self.alpha):
+            _within("momentum.alpha", value, 0, 10)
+
+    @property
+    def active(self) -> bool:
+        """Whether any iteration has momentum."""
+        return any(self.alpha) if isinstance(self.alpha, tuple) else self.alpha != 0
+
 
 @config
 class EvaluateConfig:
@@ -196,10 +248,18 @@ class EvaluateConfig:
     k: int = 2
     """Responses a prompt."""
     temperature: float = 1.0
+    """Of those responses; 0 is greedy."""
     kl: bool = True
-    """Estimate KL(π̂_t ‖ π_0) a response, in nats."""
+    """Estimate KL(π̂_t ‖ π_0) a response, in nats, from one sample a prompt; needs temperature 1."""
     level: float = 0.95
     """Of the bootstrap intervals, which resample base questions."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluate.k", self.k)
+        if self.temperature < 0:
+            raise ValueError(f"evaluate.temperature must not be negative, not {self.temperature}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"evaluate.level is a probability, not {self.level}")
 
 
 @config
@@ -209,10 +269,13 @@ class Recipe:
     name: str
     """Also the default name of the run's folder."""
     pipeline: Literal["alignment"] = "alignment"
+    """Kind of run."""
     algorithm: str = "sppo"
     """spin, sppo, sppo-single, sppo-hard, dpo, ipo, sft, or a plug-in's name."""
     iterations: int = 3
+    """Rounds of generating, judging and training."""
     seed: int = 0
+    """Of everything random: prompts, samples, order of pairs, intervals."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     generate: GenerateConfig = GenerateConfig()
@@ -227,12 +290,27 @@ class Recipe:
         from sparring.alignment.algorithms import algorithm
 
         _positive("iterations", self.iterations)
+        if self.prompts.fresh and self.prompts.train < self.iterations:
+            raise ValueError(
+                f"prompts.train = {self.prompts.train} leaves some of the {self.iterations} "
+                "iterations without a prompt; raise it, or set prompts.fresh = false"
+            )
+        if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
+            raise ValueError(f"name becomes a folder: no slash, no leading dot, not {self.name!r}")
         chosen = algorithm(self.algorithm)
-        folded = self.momentum.realised == "reference" and self.momentum.alpha != 0
+        self._check_pairs(chosen.rule)
+        folded = self.momentum.realised == "reference" and self.momentum.active
         if folded and not chosen.folds:
             raise ValueError(
                 f"momentum.realised = 'reference' is not exact for {self.algorithm} (its loss does "
                 "not cancel the normaliser); use 'weights'"
+            )
+
+    def _check_pairs(self, own: str) -> None:
+        rule = self.pair.rule or own
+        if (rule == "real-generated") != (own == "real-generated"):
+            raise ValueError(
+                f"pair.rule = {rule!r} does not fit {self.algorithm}, which uses {own!r}"
             )
 
 

@@ -81,7 +81,7 @@ def run(
     human = all(prompt.real is not None for prompt, _ in current)
     if human:
         figures["human_or_generated"] = _separability(current, context.seed)
-    if config.kl or human:
+    if "model" in inputs and (config.kl or human):
         figures |= _model_figures(config, inputs, current, measure, human=human)
     return figures
 
@@ -119,9 +119,14 @@ def _model_figures(
         repeated = [v for v, (_, rows) in zip(per_token, current, strict=True) for _ in rows]
         figures["human_logp_per_token"] = measure(repeated)
     if config.kl and "base_model" in inputs:
-        sampled = [(row.prompt_ids, row.response_ids) for _, rows in current for row in rows]
+        # One sample a prompt: two forward passes of both models over all of them would cost more
+        # than everything else here.
+        sampled = [(rows[0].prompt_ids, rows[0].response_ids) for _, rows in current]
         ours, theirs = score(inputs["model"], sampled), score(inputs["base_model"], sampled)
-        figures["kl"] = measure([a - b for a, b in zip(ours, theirs, strict=True)])
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        figures["kl"] = measure(
+            [g for g, (_, rows) in zip(gaps, current, strict=True) for _ in rows]
+        )
     return figures
 
 

@@ -36,10 +36,15 @@ def run(
     prompts = read_prompts(inputs["prompts"], config)
     tokenizer = tokens.load_tokenizer(inputs["model"])
     ids = {p.prompt_id: tokens.prompt_ids(tokenizer, p, config.template) for p in prompts}
+    if config.too_long == "drop":
+        ids = {name: one for name, one in ids.items() if len(one) <= config.max_prompt_tokens}
+    if not ids:
+        raise SparringError(
+            f"no prompt of {inputs['prompts']} has at most {config.max_prompt_tokens} tokens"
+        )
     for prompt_id, prompt_ids in ids.items():
         tokens.check_length(prompt_id, prompt_ids, limit=config.max_prompt_tokens)
-    longest = max(map(len, ids.values())) + config.max_new_tokens
-    _check_context(inputs["model"], longest)
+    longest = _longest(inputs["model"], ids, config.max_new_tokens)
     eos = tokens.eos_ids(tokenizer, inputs["model"])
     engine = build_engine(
         config,
@@ -51,7 +56,7 @@ def run(
     )
 
     def sample(chunk: Sequence[Prompt]) -> list[Response]:
-        keys = [(p, k) for p in chunk for k in range(config.k)]
+        keys = [(p, k) for p in chunk if p.prompt_id in ids for k in range(config.k)]
         seeds = [derive(context.seed, p.prompt_id, k) for p, k in keys]
         requests = [
             Request(ids[p.prompt_id], seed) for (p, _), seed in zip(keys, seeds, strict=True)
@@ -74,15 +79,19 @@ def run(
     return {}
 
 
-def _check_context(model: Path, longest: int) -> None:
+def _longest(model: Path, ids: Mapping[str, Sequence[int]], max_new_tokens: int) -> int:
+    """Tokens that the longest prompt needs with its response, which the model's context holds."""
     from transformers import AutoConfig
 
+    name = max(ids, key=lambda prompt_id: len(ids[prompt_id]))
+    longest = len(ids[name]) + max_new_tokens
     context = getattr(AutoConfig.from_pretrained(str(model)), "max_position_embeddings", None)
     if context is not None and longest > context:
         raise SparringError(
-            f"the longest prompt and generate.max_new_tokens need {longest} tokens, but the "
-            f"model's context holds {context}; lower generate.max_new_tokens or prompts.max_tokens"
+            f"prompt {name!r} and generate.max_new_tokens need {longest} tokens, but the model's "
+            f"context holds {context}; lower generate.max_new_tokens, or remove longer prompts"
         )
+    return longest
 
 
 def finish(
@@ -103,4 +112,5 @@ def finish(
         "mean_tokens": sampled / len(rows),
         "cut": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "empty": empty,
+        "too_long": len(prompts) - len({row.prompt_id for row in rows}),
     }

@@ -74,26 +74,25 @@ class ScoredPolicy(nn.Module):
         hidden_NH = hidden_BTH[:, :-1][scored_BT]
         target_N = ids_BT[:, 1:][scored_BT]
         row_N = scored_BT.nonzero()[:, 0]
+        size = self.logits_chunk
+        # Logits are V times larger than anything else here: where they do not fit into one chunk
+        # they are computed again going backward, instead of kept.
+        recompute = torch.is_grad_enabled() and len(target_N) > size
         logp_N = torch.cat(
             [
-                self._token_logps(hidden, target)
-                for hidden, target in zip(
-                    hidden_NH.split(self.logits_chunk),
-                    target_N.split(self.logits_chunk),
-                    strict=True,
-                )
+                self._token_logps(hidden_NH[n : n + size], target_N[n : n + size], recompute)
+                for n in range(0, max(1, len(target_N)), size)
             ]
         )
         total_B = torch.zeros(len(ids_BT), dtype=torch.float32, device=logp_N.device)
         return total_B.index_add(0, row_N, logp_N)
 
-    def _token_logps(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+    def _token_logps(self, hidden_NH: Tensor, target_N: Tensor, recompute: bool) -> Tensor:
         def score(hidden: Tensor, target: Tensor) -> Tensor:
             logits = self.model.get_output_embeddings()(hidden).float()
             return -F.cross_entropy(logits, target, reduction="none")
 
-        if torch.is_grad_enabled() and len(target_N) > self.logits_chunk // 2:
-            # Logits are V times larger than anything else here: recompute them going backward.
+        if recompute:
             return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
                 score, hidden_NH, target_N, use_reentrant=False
             )

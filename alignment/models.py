@@ -23,7 +23,7 @@ _KEEP = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 def run(config: ModelConfig, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Stage `model`: bring the starting policy into the run as links to its files."""
-    source = _locate(config)
+    source = locate(config)
     if not (source / "config.json").is_file():
         raise SparringError(f"{source} is no model folder: it has no config.json")
     if not list(source.glob("*.safetensors")):
@@ -40,7 +40,8 @@ def run(config: ModelConfig, inputs: Mapping[str, Path], output: Path, context: 
     return {"architecture": kind[0], "source": config.path}
 
 
-def _locate(config: ModelConfig) -> Path:
+def locate(config: ModelConfig) -> Path:
+    """Folder of the policy: given, fetched from the hub, or converted from its PyPI package."""
     if config.path == "smollm2":
         return smollm2()
     if Path(config.path).is_dir():
@@ -121,16 +122,19 @@ def load_policy(path: Path, dtype: str = "float32") -> Any:
     return model.eval()
 
 
+def tied_names(model: Any) -> set[str]:
+    """Names of tensors that are another tensor's alias (a tied head); they are not stored."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())
+
+
 def save_policy(state: Mapping[str, Any], like: Path, output: Path) -> None:
     """Write weights as float32 safetensors beside the config and tokenizer of the folder `like`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from huggingface_hub import save_torch_state_dict
 
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(like)))
-    skeleton.save_pretrained(
-        output, state_dict={name: tensor.float().contiguous() for name, tensor in state.items()}
-    )
+    tensors = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    save_torch_state_dict(tensors, str(output), metadata={"format": "pt"})
     for path in like.iterdir():
         wanted = path.suffix in (".json", ".jinja", ".model", ".txt")
         if wanted and path.name != artifacts.MANIFEST and "safetensors" not in path.name:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparring.launch.artifacts import MANIFEST
 from sparring.launch.errors import SparringError
 
 _SINGLE = "model.safetensors"
@@ -216,5 +217,7 @@ def extrapolate_folder(new: Path, old: Path, out: Path, alpha: float) -> None:
         (out / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
     for path in sorted(new.iterdir()):
         is_weight = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not is_weight:
+        # An artifact's own files stay with it: its manifest would call the new folder complete.
+        is_own = path.name.startswith(".") or path.name in (MANIFEST, "metrics.jsonl")
+        if path.is_file() and not is_weight and not is_own:
             shutil.copyfile(path, out / path.name)

@@ -131,22 +131,24 @@ def random_pair(
     rng: np.random.Generator,
     min_margin: float = 0.0,
 ) -> Pair | Dropped:
-    """The negative control: `best_worst` with labels that a fair coin has shuffled.
+    """The negative control: `best_worst` under a judge whose verdict on a prompt a coin reverses.
 
-    The win probabilities stay with the labels: "chosen" keeps the winner's numbers even where it is
-    the loser. Rows, lengths and targets are those of the real run; only the information is gone, so
-    training on these pairs must not raise the win rate.
+    Rows, lengths and the sizes of targets are those of the real run; only the information is gone,
+    so training on these pairs raises the win rate no more often than it lowers it.
+
+    Reversed are the logits, and so P̂ becomes 1 − P̂. To swap the responses under the old numbers
+    would not do: best and worst of K are not typical samples, and where P̂_best + P̂_worst ≠ 1, as
+    with a trait that few responses have, SPPO would raise both and the trait with them.
 
     Args:
         rng: one number is drawn a call, whether or not a pair comes of it.
 
     Other arguments, returns and raises are those of `best_worst`.
     """
-    swapped = rng.random() < 0.5
-    pair = best_worst(judged, responses, convention=convention, min_margin=min_margin)
-    if isinstance(pair, Dropped) or not swapped:
-        return pair
-    return dataclasses.replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+    if rng.random() < 0.5:
+        reverse = tuple(tuple(-logit for logit in row) for row in judged.logits)
+        judged = dataclasses.replace(judged, logits=reverse)
+    return best_worst(judged, responses, convention=convention, min_margin=min_margin)
 
 
 def real_generated(prompt: Prompt, response: Response, real_ids: Sequence[int]) -> Pair | Dropped:

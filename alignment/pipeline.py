@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring.alignment.algorithms import Algorithm, algorithm, algorithms
-from sparring.alignment.config import Recipe, resolved
+from sparring.alignment.config import ModelConfig, Recipe, resolved
 from sparring.alignment.stages import (
     EVALUATE,
     EXTRAPOLATE,
@@ -50,6 +50,7 @@ class _Chain:
         extra = {
             "dtype": self.recipe.model.dtype,
             "max_prompt_tokens": self.recipe.prompts.max_tokens,
+            "too_long": self.recipe.prompts.too_long,
         }
         return self.add(
             folder, GENERATE, {**base, **extra, **settings}, model=policy, prompts="prompts"
@@ -75,7 +76,8 @@ class _Chain:
             )
         mixed = recipe.pair.mix_previous
         mixed = self.algorithm.mix_previous if mixed is None else mixed
-        settings = {**vars(recipe.pair), "rule": recipe.pair.rule or self.algorithm.rule}
+        settings = {k: v for k, v in vars(recipe.pair).items() if k != "mix_previous"}
+        settings["rule"] = recipe.pair.rule or self.algorithm.rule
         return self.add(
             f"iter{t}",
             PAIR,
@@ -93,7 +95,8 @@ class _Chain:
         settings = {
             "judge": recipe.judge,
             "use_judge": self.algorithm.needs_judge,
-            "kl": recipe.evaluate.kl and t > 0,
+            # Samples of a sharpened policy say nothing of the KL of the policy itself.
+            "kl": recipe.evaluate.kl and t > 0 and recipe.evaluate.temperature == 1,
             "level": recipe.evaluate.level,
             "dtype": recipe.model.dtype,
             "max_response_tokens": recipe.pair.max_response_tokens,
@@ -135,7 +138,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
     previous_pairs: str | None = None
     samples: dict[int, str] = {}
     chain.heldout(0, policy, samples)
-    momentum, chosen = recipe.momentum, chain.algorithm
+    momentum = recipe.momentum
     for t in range(recipe.iterations):
         pairs = chain.pairs(t, policy, previous_pairs)
         previous_pairs = pairs
@@ -149,11 +152,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             model=policy,
             previous=older if fold else None,
         )
-        settings = vars(resolved(recipe.train, t)) | {
-            "loss": chosen.loss,
-            "uses_rejected": chosen.uses_rejected,
-            "uses_reference": chosen.uses_reference,
-        }
+        settings = vars(resolved(recipe.train, t)) | {"algorithm": recipe.algorithm}
         start = policy if momentum.start == "extrapolated" else solution
         newer = chain.add(f"iter{t}", TRAIN, settings, model=start, pairs=reference)
         older, solution = solution, newer
@@ -177,6 +176,12 @@ class AlignmentPipeline:
 
     def steps(self, recipe: Recipe) -> Sequence[Step]:
         return build_steps(recipe)
+
+    def locate(self, name: str) -> Path:
+        """A policy that is no path: "smollm2" or a hub id."""
+        from sparring.alignment.models import locate
+
+        return locate(ModelConfig(path=name))
 
     def summary(self, recipe: Recipe, run: Path) -> dict[str, Any]:
         from sparring.alignment.results import summary

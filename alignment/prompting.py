@@ -12,17 +12,17 @@ from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures
 
 
-def prompts_of(source: str, *, seed: int) -> list[Prompt]:
+def prompts_of(source: str, *, seed: int, split_name: str = "train") -> list[Prompt]:
     """All prompts of a source: a built-in set by name, a file, or a data set."""
     built_in = {"constraints": constraint_prompts, "chitchat": chitchat_prompts}
-    return built_in[source](seed) if source in built_in else load_prompts(source)
+    return built_in[source](seed) if source in built_in else load_prompts(source, split_name)
 
 
 def run(
     config: PromptsConfig, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
     """Write ``train.parquet`` and ``heldout.parquet``."""
-    prompts = prompts_of(config.source, seed=context.seed)
+    prompts = prompts_of(config.source, seed=context.seed, split_name=config.split)
     train, heldout = split(prompts, heldout=config.heldout, train=config.train, seed=context.seed)
     write_rows(output / "train.parquet", Prompt, train)
     write_rows(output / "heldout.parquet", Prompt, heldout)

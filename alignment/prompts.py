@@ -199,9 +199,10 @@ def chitchat_prompts(seed: int, turns: int = 3) -> list[Prompt]:
 def load_prompts(path_or_id: str | Path, split_name: str = "train") -> list[Prompt]:
     """Prompts from a JSONL or parquet file, a saved `datasets` folder or a hub dataset.
 
-    A row has `prompt` (text, or a list of {role, content}) or `messages`, and may have
-    `prompt_id` (default: its row number), `real`, `verifier` (JSON text or object) and `group`
-    (default: a hash of the messages, so that equal prompts stay on one side of a split).
+    A row has `prompt` (text, or a list of {role, content}) or `messages`; where these end with the
+    assistant's turn, that turn is the real response. A row may also have `prompt_id` (default: its
+    number), `real`, `verifier` (JSON text or object) and `group` (default: a hash of the messages,
+    so that equal prompts stay on one side of a split).
 
     Args:
         path_or_id: file, folder, or hub id such as "owner/name".
@@ -291,15 +292,25 @@ def _prompt(where: str, number: int, row: Any) -> Prompt:
             f"{where}: there is no `prompt` and no `messages`; "
             f"there is {', '.join(row) or 'nothing'}"
         )
+    source, real = _answered(source, _text(where, row, "real"))
     messages = _messages(where, source)
     digest = hashlib.sha256(json.dumps([(m.role, m.content) for m in messages]).encode())
     prompt = Prompt(
         prompt_id=_text(where, row, "prompt_id") or f"{number:06d}",
         messages=messages,
         group=_text(where, row, "group") or digest.hexdigest()[:16],
-        real=_text(where, row, "real"),
+        real=real,
     )
     return replace(prompt, verifier=_verifier(where, row.get("verifier")))
+
+
+def _answered(source: Any, real: str | None) -> tuple[Any, str | None]:
+    """Conversations that end with the assistant's turn carry their own real response."""
+    if real is None and isinstance(source, list) and len(source) > 1:
+        last = source[-1]
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            return source[:-1], last.get("content")
+    return source, real
 
 
 def _text(where: str, row: Mapping[str, Any], name: str) -> str | None:

@@ -21,6 +21,7 @@ from sparring.launch.rows import read_rows
 LABELS = {
     "passed": "pass rate",
     "relevance": "relevance",
+    "gated": "passed, but off topic",
     "win_rate_base": "win rate vs start",
     "win_rate_previous": "win rate vs previous",
     "human_logp_per_token": "log p(human) a token",
@@ -161,12 +162,13 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         rows=[[str(t), *(_cell(figures.get(name)) for name in columns)] for t, figures in rows],
         charts=_charts(rows),
     )
+    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
     sections = [held_out, Section("Training", charts=list(_training(recipe, run)))]
     samples = _samples(recipe, run)
     if samples:
         sections.append(samples)
-    sections += [_steps(run), Section("Recipe", code=json.dumps(plain(recipe), indent=2))]
-    momentum = f", APO momentum {recipe.momentum.alpha}" if recipe.momentum.alpha else ""
+    sections += [_steps(run), Section("Recipe", code=json.dumps(shown, indent=2))]
+    momentum = f", APO momentum {recipe.momentum.alpha}" if recipe.momentum.active else ""
     chosen = algorithm(recipe.algorithm)
     return write_page(
         run / "report.html",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -28,23 +29,32 @@ class Sharding:
 
     def __init__(self, config: TrainConfig, world: World, *, micro_batches: int) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         self.stage = zero_stage(config, world)
         self.world = world
         on_cpu = not torch.cuda.is_available()
-        options: dict[str, Any] = {"cpu": on_cpu, "gradient_accumulation_steps": micro_batches}
-        if self.stage is not None:
+        options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
+        if self.stage is None:
+            options["cpu"] = on_cpu
+        else:
             options["deepspeed_plugin"] = _plugin(config, self.stage, micro_batches, on_cpu)
+            if on_cpu:
+                # accelerate takes cpu=True for "no DeepSpeed", and without an accelerator and a
+                # backend's name it counts one process, however many there are (1.15).
+                options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         if config.precision == "bfloat16":
             options["mixed_precision"] = "bf16"
         self.accelerator = Accelerator(**options)
+        # It warns of tied weights at every checkpoint, which load as they were saved.
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         self._clip = config.clip
         self._model: nn.Module | None = None
         self._optimizer: Any = None
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return torch.device(self.accelerator.device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard model and optimizer; returns what to call."""
@@ -135,6 +145,7 @@ def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no other
         import deepspeed.ops
 
         # Compiling it takes minutes, and leaves a stale lock when killed; gloo does the same work.

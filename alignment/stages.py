@@ -12,7 +12,7 @@ from sparring.alignment.config import (
     GenerateConfig,
     JudgeConfig,
     ModelConfig,
-    PairConfig,
+    PairSettings,
     PromptsConfig,
     TrainConfig,
 )
@@ -37,14 +37,17 @@ class GenerateStage(GenerateConfig):
     dtype: Dtype = "float32"
     """Number type of the model while sampling."""
     max_prompt_tokens: int = 512
-    """Longest prompt in tokens; a longer one is an error."""
+    """Longest prompt in tokens; none is cut."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a longer prompt."""
 
 
 @config
-class PairStage(PairConfig):
+class PairStage(PairSettings):
     """Pairing of one iteration."""
 
     rule: Literal["best-worst", "real-generated", "random"] = "best-worst"
+    """Judged responses, or a human one against the policy's; "random" is the control."""
 
 
 @config
@@ -63,14 +66,10 @@ class ReferenceStage:
 
 @config
 class TrainStage(TrainConfig):
-    """Training of one iteration; a list of values counts with its first."""
+    """Training of one iteration; of a list of values the first counts."""
 
-    loss: str = "sparring.alignment.objectives:sppo"
-    """``module:function`` of the algorithm's loss."""
-    uses_rejected: bool = True
-    """Off for losses of the chosen response alone."""
-    uses_reference: bool = True
-    """Off for losses without a reference policy."""
+    algorithm: str = "sppo"
+    """Whose loss to minimise: spin, sppo, sppo-single, sppo-hard, dpo, ipo, sft, or a plug-in's."""
 
 
 @config

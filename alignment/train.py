@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from sparring.alignment import tokens
-from sparring.alignment.config import TrainConfig
+from sparring.alignment.algorithms import algorithm
+from sparring.alignment.config import TrainConfig, resolved
 from sparring.alignment.logprobs import ScoredPolicy, collate
-from sparring.alignment.models import load_policy, save_policy
+from sparring.alignment.models import load_policy, save_policy, tied_names
 from sparring.alignment.objectives import PairTerms
 from sparring.alignment.rows import ReferencedPair
 from sparring.alignment.sharding import Sharding
@@ -85,17 +86,19 @@ class Trainer:
         self.sharding = Sharding(config, world, micro_batches=self.micro_batches)
         self.pad = tokens.eos_ids(tokens.load_tokenizer(model), model)[0]
         policy = _trainable(load_policy(model, "float32"), config)
+        self.tied = tied_names(policy)
         scored = ScoredPolicy(policy, logits_chunk=config.logits_chunk)
         optimizer = build_optimizer(
             config.optimizer,
             scored.parameters(),
             lr=learning_rate(config, 0, 1),
             beta1=config.beta1,
-            beta2=config.beta2,
+            beta2=config.smoothing if config.optimizer == "rmsprop" else config.beta2,
             weight_decay=config.weight_decay,
         )
         self.policy = self.sharding.prepare(scored, optimizer)
-        self.loss = load(config.loss)
+        self.algorithm = algorithm(config.algorithm)
+        self.loss = load(self.algorithm.loss)
 
     def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
         """One optimizer step over a global batch; returns its figures, summed over ranks."""
@@ -132,7 +135,7 @@ class Trainer:
     def _forward(self, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, float]]:
         pairs = [self.pairs[row] for row in rows]
         texts = [(p.prompt_ids, p.chosen_ids) for p in pairs]
-        if self.config.uses_rejected:
+        if self.algorithm.uses_rejected:
             texts += [(p.prompt_ids, p.rejected_ids) for p in pairs]
         batch = collate(texts, pad=self.pad).to(self.sharding.device)
         logp = self.policy(batch.ids_BT, batch.attention_BT, batch.response_BT)
@@ -142,7 +145,7 @@ class Trainer:
             return torch.tensor(values, dtype=torch.float32, device=logp.device)
 
         chosen = logp[: len(pairs)]
-        rejected = logp[len(pairs) :] if self.config.uses_rejected else torch.zeros_like(chosen)
+        rejected = logp[len(pairs) :] if self.algorithm.uses_rejected else torch.zeros_like(chosen)
         terms = PairTerms(
             chosen_logp=chosen,
             chosen_logratio=chosen - column("chosen_reference_logp"),
@@ -207,6 +210,7 @@ def _save(trainer: Trainer, model: Path, output: Path) -> None:
     state = trainer.sharding.full_state(trainer.context.work)
     if trainer.context.world.rank == 0:
         named = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        named = {name: tensor for name, tensor in named.items() if name not in trainer.tied}
         if trainer.config.lora_rank:
             named = merge_lora(named, trainer.config.lora_alpha / trainer.config.lora_rank)
         save_policy(named, model, output)
@@ -214,6 +218,7 @@ def _save(trainer: Trainer, model: Path, output: Path) -> None:
 
 def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Train from the model folder `model` on the pairs; writes a model folder and metrics.jsonl."""
+    config = resolved(config, 0)
     everything = read_rows(inputs["pairs"] / "pairs.parquet", ReferencedPair)
     pairs = _kept(everything, config.max_length)
     plan = batches(len(pairs), config, context.seed)
@@ -232,7 +237,12 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
         if metrics:
             metrics.write(step=number, **row)
             context.emit(done=number + 1, total=len(plan), unit="steps")
-        if number == 0 and config.uses_reference and first and row["reference_gap"] > 0.5:
+        if (
+            number == 0
+            and trainer.algorithm.uses_reference
+            and first
+            and row["reference_gap"] > 0.5
+        ):
             context.emit(
                 note=f"the starting policy is {row['reference_gap']:.2f} nats a response away from "
                 "the reference, as it should be only with momentum folded into either"

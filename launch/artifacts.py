@@ -162,8 +162,10 @@ def prepare(folder: Path, key: str) -> Artifact | None:
                 (folder / WORK).mkdir(exist_ok=True)
             return artifact
     _set_aside(folder)
-    (folder / WORK).mkdir(parents=True)
+    # The marker first: a folder with content but without it would be taken for someone else's.
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _KEY, key)
+    (folder / WORK).mkdir()
     return None
 
 
@@ -171,7 +173,8 @@ def _set_aside(folder: Path) -> None:
     if not folder.exists():
         return
     marker = folder / _KEY
-    if not marker.is_file() and any(folder.iterdir()):
+    strange = (path for path in folder.iterdir() if not path.match(f".{_KEY}.*.tmp"))
+    if not marker.is_file() and any(strange):
         raise SparringError(
             f"{folder} holds files that sparring did not write; choose another place"
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from sparring.launch.errors import SparringError, Stopped, UsageError
 
@@ -54,6 +56,7 @@ class _Invocation:
     command: str
     arguments: list[str]
     as_json: bool
+    changed: bool
 
     def show(self, result: Any, text: str) -> None:
         print(json.dumps(result, indent=1) if self.as_json else text)
@@ -62,7 +65,7 @@ class _Invocation:
 def find_recipe(name: str) -> Path:
     """A recipe file by path, or by the name of one that comes with sparring."""
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         return path
     return recipe_folder() / f"{name}.toml"
 
@@ -73,7 +76,9 @@ def recipe_folder() -> Path:
 
 
 def _recipe_command(call: _Invocation, *, default: str | None = None) -> tuple[Any, Any, Any]:
-    """Pipeline, recipe with overrides, and the options --out and --changed."""
+    """Pipeline, recipe with overrides, and the options, of which --out is filled in."""
+    import tyro
+
     from sparring.launch.config import parse
     from sparring.launch.runs import load_recipe
 
@@ -81,7 +86,7 @@ def _recipe_command(call: _Invocation, *, default: str | None = None) -> tuple[A
     if default is None:
         if not arguments or arguments[0].startswith("-"):
             if arguments[:1] in (["--help"], ["-h"]):
-                arguments = ["sppo-smollm2", "--help"]
+                arguments = ["demo", "--help"]
             else:
                 raise UsageError(
                     f"sparring {call.command} needs a recipe first; `sparring recipes` lists them"
@@ -94,8 +99,7 @@ def _recipe_command(call: _Invocation, *, default: str | None = None) -> tuple[A
         "Options",
         [
             ("recipe", Annotated[pipeline.recipe, _flat()]),
-            ("out", Path | None, None),
-            ("changed", bool, False),
+            ("out", Annotated[Path | None, tyro.conf.arg(help="folder of the run")], None),
         ],
         frozen=True,
     )
@@ -104,7 +108,8 @@ def _recipe_command(call: _Invocation, *, default: str | None = None) -> tuple[A
         options_type,
         arguments,
         prog=prog,
-        description=f"{COMMANDS[call.command]}. --out: folder of the run (default runs/NAME).",
+        description=f"{COMMANDS[call.command]}. The run's folder is runs/NAME unless --out says "
+        "otherwise; --changed goes on in a folder of an older version of the recipe.",
         default=options_type(recipe=recipe),
     )
     out = options.out or Path("runs") / options.recipe.name
@@ -123,7 +128,7 @@ def _execute(call: _Invocation, pipeline: Any, recipe: Any, options: Any) -> int
 
     reporter = Reporter(quiet=call.as_json)
     reporter.say(f"{recipe.name}: {recipe.algorithm}, {options.out}")
-    result = runs.execute(pipeline, recipe, options.out, reporter, changed=options.changed)
+    result = runs.execute(pipeline, recipe, options.out, reporter, changed=call.changed)
     text = result.pop("table", "")
     kept = f"{result['computed']} steps computed, {result['kept']} kept"
     call.show(result, f"\n{text}\n\n{kept}\nreport: {result['report']}")
@@ -155,41 +160,54 @@ def _sources(inputs: Any) -> str:
     return "from " + ", ".join(dict.fromkeys(inputs.values())) if inputs else ""
 
 
-def _stage(call: _Invocation) -> int:
-    """Run one stage on files: ``sparring generate --model … --prompts … --out …``."""
+def _stage_options(command: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
+    """Pipeline, stage and parsed options of a stage command."""
     import tyro
 
     from sparring.launch import runs, stages
     from sparring.launch.config import parse
-    from sparring.launch.progress import Reporter
 
-    known = runs.pipelines().values()
-    stage = next(p.stages[call.command] for p in known if call.command in p.stages)
-    fields: list[Any] = [("out", Path)]
+    pipeline = next(p for p in runs.pipelines().values() if command in p.stages)
+    stage = pipeline.stages[command]
+    required: list[Any] = [("out", Annotated[Path, tyro.conf.arg(help="folder for the result")])]
+    optional: list[Any] = []
     for name, text in stage.inputs.items():
         shown = tyro.conf.arg(help=text, metavar="PATH")
-        kind: Any = Annotated[Path | None, shown] if name.endswith("?") else Annotated[Path, shown]
-        plain_name = name.removesuffix("?")
-        fields.append((plain_name, kind, None) if name.endswith("?") else (plain_name, kind))
-    fields.sort(key=len)
-    fields += [
-        ("seed", int, 0),
+        if name.endswith("?"):
+            optional.append((name.removesuffix("?"), Annotated[Path | None, shown], None))
+        else:
+            required.append((name, Annotated[Path, shown]))
+    optional += [
+        ("seed", Annotated[int, tyro.conf.arg(help="of everything random in this stage")], 0),
         ("launch", stages.LaunchConfig, stages.LaunchConfig()),
         ("settings", Annotated[stage.config, _flat()], stage.config()),
     ]
-    options_type = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     options = parse(
-        options_type,
-        call.arguments,
-        prog=f"sparring {call.command}",
+        dataclasses.make_dataclass("Options", required + optional, frozen=True),
+        list(arguments),
+        prog=f"sparring {command}",
         description=f"{stage.summary}. The result is a folder; running again resumes.",
     )
-    names = [name.removesuffix("?") for name in stage.inputs]
-    inputs = {name: getattr(options, name) for name in names if getattr(options, name)}
+    return pipeline, stage, options
+
+
+def _stage(call: _Invocation) -> int:
+    """Run one stage on files: ``sparring generate --model … --prompts … --out …``."""
+    from sparring.launch import runs, stages
+    from sparring.launch.progress import Reporter
+
+    pipeline, stage, options = _stage_options(call.command, call.arguments)
+    inputs: dict[str, Path] = {}
+    for name in (name.removesuffix("?") for name in stage.inputs):
+        path = getattr(options, name)
+        if path is not None:
+            # A policy may be named instead of given as a folder.
+            named = "model" in name and not path.exists()
+            inputs[name] = pipeline.locate(str(path)) if named else path
     step = stages.Step(options.out.name, stage, options.settings, {}, options.seed)
     reporter = Reporter(quiet=call.as_json)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with runs.sigterm_stops():
+    lock = options.out.with_name(f".{options.out.name}.lock")
+    with runs.locked(lock, options.out), runs.sigterm_stops():
         reporter.start(call.command)
         artifact, fresh = stages.execute(
             step,
@@ -222,7 +240,7 @@ def _report(call: _Invocation) -> int:
         raise SparringError(f"{options.run} is no run: it has no {runs.RUN_FILE}")
     data = json.loads(path.read_text())["recipe"]
     pipeline = runs.pipelines()[data["pipeline"]]
-    recipe = build(pipeline.recipe, data, str(path))
+    recipe: Any = build(pipeline.recipe, data, str(path))
     report = pipeline.report(recipe, options.run)
     summary = dict(pipeline.summary(recipe, options.run))
     text = summary.pop("table", "")
@@ -230,9 +248,19 @@ def _report(call: _Invocation) -> int:
     return 0
 
 
+def _no_options(call: _Invocation) -> None:
+    """Answer --help and refuse unknown options, for commands that have none."""
+    from sparring.launch.config import parse
+
+    options_type = dataclasses.make_dataclass("Options", [])
+    prog = f"sparring {call.command}"
+    parse(options_type, call.arguments, prog=prog, description=COMMANDS[call.command])
+
+
 def _recipes(call: _Invocation) -> int:
     from sparring.launch import runs
 
+    _no_options(call)
     folder = recipe_folder()
     rows = []
     for path in sorted(folder.rglob("*.toml")):
@@ -256,6 +284,7 @@ def _recipes(call: _Invocation) -> int:
 def _doctor(call: _Invocation) -> int:
     from sparring.launch.doctor import examine
 
+    _no_options(call)
     findings = examine()
     lines = [f"  {'ok' if f.ok else 'NO':<3} {f.name:<30} {f.detail}" for f in findings]
     call.show([dataclasses.asdict(f) for f in findings], "\n".join(lines))
@@ -289,17 +318,23 @@ def _dispatch(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown command {command!r}{hint} (sparring --help lists all)")
-    as_json = "--json" in rest
-    return _HANDLERS[command](_Invocation(command, [a for a in rest if a != "--json"], as_json))
+    plain = [word for word in rest if word not in ("--json", "--changed")]
+    call = _Invocation(command, plain, as_json="--json" in rest, changed="--changed" in rest)
+    return _HANDLERS[command](call)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 ok, 1 failed, 2 usage, 75 stopped and resumable."""
+    # Progress is ours: the bars of the libraries that stages use would be drawn over it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print(f"\n{_RESUME}", file=sys.stderr)
         return Stopped.exit_code
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SparringError as error:
         print(f"sparring: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from sparring.launch.errors import SparringError, Stopped
@@ -85,23 +86,30 @@ def watch_driver(pid: int, host: str) -> None:
 
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM into a flag that a loop asks for between steps."""
+    """Turn SIGTERM and the first Ctrl-C into a flag that a loop asks for between steps."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set() and number == signal.SIGINT:  # twice: at once
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reader(
     process: subprocess.Popen[str], log: Path, on_event: Callable[[dict[str, Any]], None]
 ) -> None:
     assert process.stdout is not None
-    with log.open("a", encoding="utf-8") as file:
+    with process.stdout, log.open("a", encoding="utf-8") as file:
         for line in process.stdout:
             if line.startswith(EVENT):
                 on_event(json.loads(line.removeprefix(EVENT)))

@@ -74,7 +74,7 @@ def _build(annotation: Any, value: Any) -> Any:
     if origin is types.UnionType:
         return _build(next(a for a in args if a is not type(None)), value)
     if origin is dict:
-        return dict(value)
+        return {key: _build(args[1], item) for key, item in value}
     if origin is tuple and dataclasses.is_dataclass(args[0]):
         return tuple(_build(args[0], v) for v in value)
     if dataclasses.is_dataclass(annotation):

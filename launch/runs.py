@@ -34,6 +34,8 @@ class Pipeline(Protocol):
 
     def steps(self, recipe: Any) -> Sequence[Step]: ...
 
+    def locate(self, name: str) -> Path: ...
+
     def report(self, recipe: Any, run: Path) -> Path: ...
 
     def summary(self, recipe: Any, run: Path) -> Mapping[str, Any]: ...
@@ -90,7 +92,9 @@ def plan(pipeline: Pipeline, recipe: Any, folder: Path) -> list[Planned]:
         state = "waits"
         if inputs is not None:
             artifact = artifacts.read(output)
-            done = artifact is not None and artifact.key == stages.content_key(step, inputs)
+            done = artifact is not None and artifact.key == stages.content_key(
+                step, inputs, recipe.launch
+            )
             state = "done" if done else "to do"
             if done:
                 made[step.name] = output
@@ -99,14 +103,14 @@ def plan(pipeline: Pipeline, recipe: Any, folder: Path) -> list[Planned]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process.
+def locked(file: Path, folder: Path) -> Iterator[None]:
+    """Hold a folder for one process, by a lock on `file`.
 
     Raises:
         SparringError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -172,7 +176,7 @@ def execute(
     computed = 0
     made: dict[str, Path] = {}
     steps = pipeline.steps(recipe)
-    with locked(folder), sigterm_stops():
+    with locked(folder / ".lock", folder), sigterm_stops():
         _claim(folder, recipe, changed=changed)
         for number, step in enumerate(steps, 1):
             inputs = _resolve(step, made)

@@ -10,5 +10,7 @@ def derive(seed: int, *names: str | int) -> int:
 
     The same (seed, names) give the same number on every machine; others an unrelated one.
     """
-    path = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    # Doubling the separator inside names keeps different lists of names different.
+    named = (f"{type(name).__name__}:{name}".replace("\x1f", "\x1f\x1f") for name in names)
+    path = "\x1f".join([str(seed), *named])
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 2

@@ -12,17 +12,21 @@ import importlib.metadata
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sparring.launch import artifacts, processes
 from sparring.launch.artifacts import Artifact
 from sparring.launch.config import build, config, plain
-from sparring.launch.errors import SparringError
+from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.processes import World
 
 Figures = dict[str, Any]
@@ -30,13 +34,13 @@ Figures = dict[str, Any]
 
 @config
 class LaunchConfig:
-    """How stages are started. Nothing here changes what they compute."""
+    """How stages are started. Changes nothing of what they compute but rounding in training."""
 
     processes: int = 1
     """Ranks a stage on this host; more than one are started by DeepSpeed's launcher."""
     inline: tuple[str, ...] = ()
-    """Stages to run inside the driver's process on one rank: saves their start-up with small models.
-    By default each heavy stage has a process of its own: all its memory comes back."""
+    """Stages to run inside the driver's process on one rank, which saves small models' start-up.
+    Other heavy stages have processes of their own, which free all their memory."""
     python: dict[str, str] = field(default_factory=dict)
     """Interpreter for a stage by its name, when it needs packages that this one has not."""
 
@@ -99,10 +103,16 @@ def load(name: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., Any]", getattr(importlib.import_module(module), function))
 
 
-def package_versions(stage: Stage) -> dict[str, str]:
-    """Installed versions of the packages that decide a stage's result."""
+def package_versions(stage: Stage, python: str = sys.executable) -> dict[str, str]:
+    """Versions, in the interpreter that runs it, of the packages that decide a stage's result."""
+    if python != sys.executable:
+        return _versions_elsewhere(python, stage.packages)
+    return _versions(stage.packages)
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {}
-    for package in stage.packages:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -110,13 +120,26 @@ def package_versions(stage: Stage) -> dict[str, str]:
     return found
 
 
-def content_key(step: Step, inputs: Mapping[str, Path]) -> str:
+@cache
+def _versions_elsewhere(python: str, packages: tuple[str, ...]) -> dict[str, str]:
+    code = (
+        "import json, sys; from sparring.launch.stages import _versions;"
+        "print(json.dumps(_versions(sys.argv[1:])))"
+    )
+    done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
+    if done.returncode:
+        raise SparringError(f"{python} cannot import sparring; install it there: {done.stderr}")
+    return typing.cast("dict[str, str]", json.loads(done.stdout))
+
+
+def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:
     """Hash of all that decides a step's output."""
+    python = processes.python_of(launch.python, step.stage.name)
     return artifacts.hash_json(
         {
             "stage": step.stage.name,
             "version": step.stage.version,
-            "packages": package_versions(step.stage),
+            "packages": package_versions(step.stage, python),
             "config": plain(step.config),
             "seed": step.seed,
             "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
@@ -166,28 +189,40 @@ def execute(
 
     Raises:
         SparringError: the stage failed, or another process is making the same artifact.
+        Stopped: asked to stop; what is done stays.
     """
-    key = content_key(step, inputs)
+    key = content_key(step, inputs, launch)
     artifact = artifacts.prepare(output, key)
     if artifact:
         return artifact, False
     started = time.time()
-    figures = _run_ranks(step, inputs, output, launch, logs=logs, on_event=on_event)
-    if step.stage.finish:
-        finish = load(step.stage.finish)
-        figures |= finish(step.config, inputs, output, _local_context(step, output, on_event))
-    facts = {
-        "stage": step.stage.name,
-        "version": step.stage.version,
-        "packages": package_versions(step.stage),
-        "config": plain(step.config),
-        "seed": step.seed,
-        "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
-        "processes": launch.processes,
-        "seconds": round(time.time() - started, 2),
-        "figures": figures,
-    }
-    return artifacts.complete(output, key, facts), True
+    inline = _is_inline(step, launch)
+    with processes.stop_flag() if inline else nullcontext(lambda: False) as stopped:
+        figures = (
+            _run_inline(step, inputs, output, on_event=on_event, stopped=stopped)
+            if inline
+            else _run_ranks(step, inputs, output, launch, logs=logs, on_event=on_event)
+        )
+        if step.stage.finish:
+            finish = load(step.stage.finish)
+            figures |= finish(step.config, inputs, output, _local_context(step, output, on_event))
+        facts = {
+            "stage": step.stage.name,
+            "version": step.stage.version,
+            "packages": package_versions(
+                step.stage, processes.python_of(launch.python, step.stage.name)
+            ),
+            "config": plain(step.config),
+            "seed": step.seed,
+            "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+            "processes": launch.processes,
+            "seconds": round(time.time() - started, 2),
+            "figures": figures,
+        }
+        artifact = artifacts.complete(output, key, facts)
+    if stopped():  # asked too late for the stage to notice, but not for the run
+        raise Stopped("stopped; run the same command again to go on")
+    return artifact, True
 
 
 def _local_context(step: Step, output: Path, on_event: Callable[[dict[str, Any]], None]) -> Context:
@@ -199,6 +234,27 @@ def _local_context(step: Step, output: Path, on_event: Callable[[dict[str, Any]]
     )
 
 
+def _ranks(step: Step, launch: LaunchConfig) -> int:
+    return 1 if step.stage.light or step.stage.single else launch.processes
+
+
+def _is_inline(step: Step, launch: LaunchConfig) -> bool:
+    chosen = step.stage.name in launch.inline and step.stage.name not in launch.python
+    return step.stage.light or (chosen and _ranks(step, launch) == 1)
+
+
+def _run_inline(
+    step: Step,
+    inputs: Mapping[str, Path],
+    output: Path,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+    stopped: Callable[[], bool],
+) -> Figures:
+    job = json.loads(write_job(step, inputs, output).read_text())
+    return run_job(job, replace(_local_context(step, output, on_event), stopped=stopped))
+
+
 def _run_ranks(
     step: Step,
     inputs: Mapping[str, Path],
@@ -208,20 +264,14 @@ def _run_ranks(
     logs: Path,
     on_event: Callable[[dict[str, Any]], None],
 ) -> Figures:
-    ranks = 1 if step.stage.light or step.stage.single else launch.processes
-    named = step.stage.name in launch.python
-    inline = ranks == 1 and step.stage.name in launch.inline and not named
-    if step.stage.light or inline:
-        job = json.loads(write_job(step, inputs, output).read_text())
-        with processes.stop_flag() as stopped:
-            context = _local_context(step, output, on_event)
-            return run_job(job, Context(**{**vars(context), "stopped": stopped}))
     path = write_job(step, inputs, output)
     errors = output / artifacts.WORK / "errors"
     for old in errors.glob("rank*.txt"):
         old.unlink()
     processes.run(
-        processes.command(processes.python_of(launch.python, step.stage.name), path, ranks),
+        processes.command(
+            processes.python_of(launch.python, step.stage.name), path, _ranks(step, launch)
+        ),
         log=logs / f"{step.name.replace('/', '-')}.log",
         errors=errors,
         environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},

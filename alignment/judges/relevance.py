@@ -87,18 +87,22 @@ class Relevance:
         """
         if len(texts_a) != len(texts_b):
             raise SparringError(f"{len(texts_a)} texts cannot be paired with {len(texts_b)}")
-        distinct = sorted({*texts_a, *texts_b}, key=lambda text: (len(text), text))
-        if not distinct:
+        if not texts_a:
             return np.zeros(0, dtype=np.float32)
-        vectors_UH = self._embed(distinct)
-        row = {text: u for u, text in enumerate(distinct)}
-        a_NH = vectors_UH[[row[text] for text in texts_a]]
-        b_NH = vectors_UH[[row[text] for text in texts_b]]
+        vectors_NH = self.embed([*texts_a, *texts_b])
+        a_NH, b_NH = vectors_NH[: len(texts_a)], vectors_NH[len(texts_a) :]
         cosines: FloatArray = np.clip((a_NH * b_NH).sum(axis=1), -1.0, 1.0).astype(np.float32)
         return cosines
 
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """(N, H) unit vectors, N texts; each distinct text is computed once."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        row = {text: u for u, text in enumerate(distinct)}
+        vectors: FloatArray = self._embed_sorted(distinct)[[row[text] for text in texts]]
+        return vectors
+
     @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> FloatArray:
+    def _embed_sorted(self, texts: Sequence[str]) -> FloatArray:
         """(U, H) unit vectors of texts that come sorted by length, so that padding stays short."""
         parts = []
         for start in range(0, len(texts), self.batch_size):

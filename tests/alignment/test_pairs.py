@@ -169,17 +169,26 @@ def test_bad_judgements_name_the_prompt() -> None:
         best_worst(judged(CYCLIC), responses(3), convention="elo")
 
 
-def test_control_shuffles_labels_and_nothing_else() -> None:
+@pytest.mark.parametrize("convention", ["pairwise", "mean-probability", "aggregated"])
+def test_control_reverses_verdicts_and_nothing_else(convention: str) -> None:
+    """One good response of five: best and worst are no typical samples, yet neither is favoured."""
     rng = np.random.default_rng(0)
-    true = must_pair(best_worst(judged(CYCLIC), responses(3), convention="pairwise"))
-    swapped = 0
+    one_good, rows = judged(from_rewards(0.0, 0.0, 2.0, 0.0, 0.0)), responses(5)
+    true = must_pair(best_worst(one_good, rows, convention=convention))
+    assert true.chosen_win + true.rejected_win > 1.05
+    wins: dict[tuple[int, ...], list[float]] = {true.chosen_ids: [], true.rejected_ids: []}
     for _ in range(400):
-        pair = must_pair(random_pair(judged(CYCLIC), responses(3), convention="pairwise", rng=rng))
-        assert {pair.chosen_ids, pair.rejected_ids} == {true.chosen_ids, true.rejected_ids}
-        assert (pair.chosen_win, pair.rejected_win) == (true.chosen_win, true.rejected_win)
-        assert (pair.pair_win, pair.pair_id) == (true.pair_win, true.pair_id)
-        swapped += pair.chosen_ids == true.rejected_ids
-    assert 160 < swapped < 240
+        pair = must_pair(random_pair(one_good, rows, convention=convention, rng=rng))
+        assert pair.pair_id == true.pair_id
+        assert pair.chosen_win > 0.5 > pair.rejected_win
+        assert pair.pair_win == pytest.approx(true.pair_win)
+        wins[pair.chosen_ids].append(pair.chosen_win)
+        wins[pair.rejected_ids].append(pair.rejected_win)
+    for ids, kept in ((true.chosen_ids, true.chosen_win), (true.rejected_ids, true.rejected_win)):
+        low, high = sorted({round(win, 9) for win in wins[ids]})
+        assert low == pytest.approx(min(kept, 1 - kept))
+        assert low + high == pytest.approx(1)
+        assert 160 < sum(win > 0.5 for win in wins[ids]) < 240
 
 
 def test_control_drops_the_same_rows_and_draws_once_a_row() -> None:

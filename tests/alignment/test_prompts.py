@@ -238,6 +238,13 @@ def test_a_saved_dataset_is_read(tmp_path):
 USER = {"role": "user", "content": "hi"}
 
 
+def test_a_conversation_that_ends_with_the_answer_carries_its_real_response(tmp_path):
+    turns = [USER, {"role": "assistant", "content": "yo"}]
+    (prompt,) = load_prompts(write_jsonl(tmp_path / "p.jsonl", {"messages": turns}))
+    assert [m.role for m in prompt.messages] == ["user"]
+    assert prompt.real == "yo"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -245,8 +252,8 @@ USER = {"role": "user", "content": "hi"}
         ('{"prompt": "half', r"p\.jsonl:2: not a JSON object"),
         ("[1]", r"p\.jsonl:2: a row must be an object"),
         (
-            {"messages": [USER, {"role": "assistant", "content": "yo"}]},
-            "last message is from the a",
+            {"messages": [USER, {"role": "system", "content": "yo"}]},
+            "last message is from the s",
         ),
         ({"messages": [{"role": "bot", "content": "yo"}]}, "a message has a role"),
         ({"messages": []}, "a prompt is text or a list"),

@@ -1,0 +1,131 @@
+"""Write the table of recipe keys into docs/recipes.md, from the configuration classes.
+
+``python scripts/document_recipes.py`` writes; ``--check`` only compares, and exits with 1 when the
+file is out of date. Help is the string below each field, defaults are the classes' own.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from sparring.alignment.config import Recipe
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
+
+_TYPES = {
+    "str": "text",
+    "int": "integer",
+    "float": "number",
+    "bool": "true or false",
+    "Schedule": "number, or one an iteration",
+    "bool | None": "true or false",
+    "tuple[str, ...]": "list of texts",
+    "dict[str, str]": "table of texts",
+    "dict[str, str | bool | int | float]": "table",
+}
+
+
+def field_notes(cls: type) -> dict[str, tuple[str, str]]:
+    """Type and help of each field, as the source of a class and its bases has them."""
+    notes: dict[str, tuple[str, str]] = {}
+    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        notes |= _own_notes(base)
+    return notes
+
+
+def _own_notes(cls: type) -> dict[str, tuple[str, str]]:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    notes = {}
+    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            text = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = " ".join(str(after.value.value).split())
+            notes[node.target.id] = (_type_name(node.annotation), text)
+    return notes
+
+
+def _type_name(annotation: ast.expr) -> str:
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
+        values = annotation.slice
+        choices = values.elts if isinstance(values, ast.Tuple) else [values]
+        return " or ".join(_toml(ast.literal_eval(choice)) for choice in choices)
+    source = ast.unparse(annotation)
+    return _TYPES.get(source, source)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{list(value)}`"
+    return f"`{value}`"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return _toml(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return _toml(field.default_factory())
+    return "required"
+
+
+def sections() -> list[tuple[str, type]]:
+    """Every table of a recipe: its name (empty for the top) and its class."""
+    hints = get_type_hints(Recipe)
+    nested = [(name, cls) for name, cls in hints.items() if dataclasses.is_dataclass(cls)]
+    return [("", Recipe), *nested]
+
+
+def render() -> str:
+    """The generated part of the page."""
+    lines: list[str] = []
+    for name, cls in sections():
+        heading = f"## `[{name}]`" if name else "## Top of the file"
+        about = inspect.getdoc(cls) or ""
+        lines += [heading, "", about, "", "| key | value | default | meaning |"]
+        lines.append("|---|---|---|---|")
+        notes = field_notes(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.default):
+                continue  # a table of its own
+            kind, text = notes[field.name]
+            cells = [f"`{field.name}`", kind, _default(field), text]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """The page with its generated part renewed."""
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    return f"{head}{BEGIN}\n\n{render()}\n{END}{tail}"
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check the page; returns the exit code."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old)
+    if arguments == ["--check"]:
+        if new != old:
+            print(f"{PAGE.name} is out of date; run: python scripts/document_recipes.py")
+        return int(new != old)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""Log-probabilities of responses against a hand loop, and against every way of batching them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparring.alignment import tokens
+from sparring.alignment.logprobs import ScoredPolicy, collate, response_logps
+from sparring.alignment.models import load_policy
+from sparring.alignment.rows import Pair, Prompt, ReferencedPair, Response
+from sparring.launch.rows import read_rows
+
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+PAD, BOS, EOS = 2, 1, 2
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> ScoredPolicy:
+    return ScoredPolicy(load_policy(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """Prompts of 2 to 9 tokens and responses of 1 to 12, the last token an EOS."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(9):
+        prompt = rng.integers(3, 36, rng.integers(1, 9)).tolist()
+        response = rng.integers(3, 36, rng.integers(0, 12)).tolist()
+        made.append(((BOS, *prompt), (*response, EOS)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def by_hand(policy: ScoredPolicy, rows: list[Row]) -> list[float]:
+    """log-softmax in float64, one row and one token at a time, without padding."""
+    found = []
+    for prompt, response in rows:
+        ids = [*prompt, *response]
+        with torch.no_grad():
+            logits_TV = policy.model(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
+        total = 0.0
+        for place in range(len(prompt), len(ids)):
+            row = logits_TV[place - 1]
+            total += row[ids[place]] - row.max() - np.log(np.exp(row - row.max()).sum())
+        found.append(total)
+    return found
+
+
+def score(policy: ScoredPolicy, rows: list[Row], *, left: int = 0, right: int = 0) -> Tensor:
+    """(B,) log-probabilities, with this much more padding on the left and right."""
+    batch = collate(rows, pad=PAD)
+
+    def widened(tensor: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (left, right), value=value)
+
+    return policy(
+        widened(batch.ids_BT, PAD), widened(batch.attention_BT, 0), widened(batch.response_BT, 0)
+    )
+
+
+def test_the_sum_is_that_of_a_hand_loop(
+    policy: ScoredPolicy, rows: list[Row], by_hand: list[float]
+) -> None:
+    logp = score(policy, rows)
+    assert logp.dtype == torch.float32
+    np.testing.assert_allclose(logp.detach(), by_hand, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 7), (7, 0), (3, 4)])
+def test_padding_on_either_side_changes_nothing(
+    policy: ScoredPolicy, rows: list[Row], by_hand: list[float], left: int, right: int
+) -> None:
+    logp = score(policy, rows, left=left, right=right)
+    np.testing.assert_allclose(logp.detach(), by_hand, rtol=2e-6, atol=2e-5)
+
+
+def test_longer_neighbours_change_nothing(
+    policy: ScoredPolicy, rows: list[Row], by_hand: list[float]
+) -> None:
+    longest: Row = ((BOS, *range(3, 30)), (*range(3, 36), EOS))
+    alone = [float(score(policy, [row]).detach()) for row in rows]
+    beside = [float(score(policy, [row, longest]).detach()[0]) for row in rows]
+    np.testing.assert_allclose(alone, by_hand, rtol=2e-6, atol=2e-5)
+    np.testing.assert_allclose(beside, by_hand, rtol=2e-6, atol=2e-5)
+
+
+def test_chosen_and_rejected_together_or_apart(policy: ScoredPolicy, rows: list[Row]) -> None:
+    together = score(policy, rows)
+    apart = torch.cat([score(policy, rows[:4]), score(policy, rows[4:])])
+    torch.testing.assert_close(together, apart, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 100])
+def test_response_logps_keeps_the_order(
+    policy: ScoredPolicy, rows: list[Row], by_hand: list[float], batch: int
+) -> None:
+    found = response_logps(policy, rows, pad=PAD, batch=batch, device="cpu")
+    np.testing.assert_allclose(found, by_hand, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunked_logits_give_the_same_values_and_gradients(
+    tiny_model: Path, rows: list[Row], chunk: int
+) -> None:
+    model = load_policy(tiny_model)
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for size in (10_000, chunk):
+        model.zero_grad()
+        logp = score(ScoredPolicy(model, logits_chunk=size), rows)
+        (logp * torch.arange(len(rows))).sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((logp.detach(), gradients))
+    whole, chunked = found
+    torch.testing.assert_close(whole[0], chunked[0], rtol=2e-6, atol=2e-5)
+    assert len(whole[1]) == len(chunked[1]) == len(list(model.parameters()))
+    for one, other in zip(whole[1], chunked[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_only_response_tokens_are_scored(policy: ScoredPolicy, rows: list[Row]) -> None:
+    batch = collate(rows, pad=PAD)
+    for n, (prompt, response) in enumerate(rows):
+        scored = batch.response_BT[n].nonzero()[:, 0].tolist()
+        assert scored == list(range(len(prompt), len(prompt) + len(response)))
+        assert batch.ids_BT[n, batch.response_BT[n].bool()].tolist() == list(response)
+        assert batch.attention_BT[n].sum() == len(prompt) + len(response)
+
+
+def test_prompt_tokens_give_no_loss_of_their_own(policy: ScoredPolicy) -> None:
+    """The log-probability of a response is the whole text's less the prompt's."""
+    prompt, response = (BOS, 5, 6, 7), (8, 9, EOS)
+    whole = score(policy, [((BOS,), (*prompt[1:], *response))])
+    start = score(policy, [((BOS,), prompt[1:])])
+    torch.testing.assert_close(
+        score(policy, [(prompt, response)]), whole - start, atol=1e-5, rtol=0
+    )
+
+
+def test_an_empty_response_has_probability_one(policy: ScoredPolicy) -> None:
+    assert score(policy, [((BOS, 5), ()), ((BOS, 5), (6,))])[0] == 0
+
+
+def test_a_uniform_model_gives_minus_log_v_a_token(tiny_model: Path, rows: list[Row]) -> None:
+    model = load_policy(tiny_model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    logp = score(ScoredPolicy(model), rows).detach()
+    expected = [-len(response) * np.log(36) for _, response in rows]
+    np.testing.assert_allclose(logp, expected, rtol=1e-6)
+
+
+def test_sampling_reference_and_training_see_the_same_ids(tiny_chain: dict[str, Path]) -> None:
+    responses = read_rows(tiny_chain["generate"] / "responses.parquet", Response)
+    sampled: dict[str, set[Any]] = {}
+    for row in responses:
+        sampled.setdefault(row.prompt_id, set()).add((row.prompt_ids, row.response_ids))
+    pairs = read_rows(tiny_chain["pair"] / "pairs.parquet", Pair)
+    assert pairs
+    for pair in pairs:
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            assert (pair.prompt_ids, ids) in sampled[pair.prompt_id]
+    referenced = read_rows(tiny_chain["reference"] / "pairs.parquet", ReferencedPair)
+    assert [r.pair_id for r in referenced] == [p.pair_id for p in pairs]
+    assert [(r.prompt_ids, r.chosen_ids, r.rejected_ids) for r in referenced] == [
+        (p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs
+    ]
+
+
+def test_one_bos_and_at_most_one_eos(tiny_chain: dict[str, Path]) -> None:
+    for row in read_rows(tiny_chain["generate"] / "responses.parquet", Response):
+        assert row.prompt_ids.count(BOS) == 1
+        assert row.prompt_ids[0] == BOS
+        assert row.response_ids.count(EOS) == (row.finish_reason == "stop")
+        assert EOS not in row.response_ids[:-1]
+
+
+def test_the_prompt_ids_are_the_templates(tiny_chain: dict[str, Path], tiny_model: Path) -> None:
+    tokenizer = tokens.load_tokenizer(tiny_model)
+    prompts = {p.prompt_id: p for p in read_rows(tiny_chain["prompts"] / "train.parquet", Prompt)}
+    for row in read_rows(tiny_chain["generate"] / "responses.parquet", Response):
+        text = tokenizer.decode(row.prompt_ids, skip_special_tokens=True)
+        assert text == f"u: {prompts[row.prompt_id].text}\na: "
+
+
+def test_stored_reference_is_what_the_policy_gives(
+    tiny_chain: dict[str, Path], policy: ScoredPolicy
+) -> None:
+    for pair in read_rows(tiny_chain["reference"] / "pairs.parquet", ReferencedPair):
+        texts = [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
+        stored = [pair.chosen_reference_logp, pair.rejected_reference_logp]
+        np.testing.assert_allclose(score(policy, texts).detach(), stored, atol=2e-5)

@@ -1,0 +1,122 @@
+"""From messages to ids: templates, one BOS, one EOS, and what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparring.alignment import tokens
+from sparring.alignment.rows import Message, Prompt
+from sparring.launch.errors import SparringError
+
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return tokens.load_tokenizer(tiny_model)
+
+
+def prompt(*turns: tuple[str, str]) -> Prompt:
+    return Prompt("p", tuple(Message(*turn) for turn in turns), "g")
+
+
+HELLO = prompt(("user", "hello"))
+
+
+def test_the_chat_template_ends_where_the_response_begins(tokenizer: Any) -> None:
+    ids = tokens.prompt_ids(tokenizer, HELLO, "chat")
+    assert tokenizer.decode(ids) == "<s>u: hello\na: "
+
+
+def test_all_turns_are_in_the_prompt(tokenizer: Any) -> None:
+    talk = prompt(("system", "be nice"), ("user", "hi"), ("assistant", "ho"), ("user", "so"))
+    ids = tokens.prompt_ids(tokenizer, talk, "chat")
+    assert tokenizer.decode(ids) == "<s>s: be nice\nu: hi\na: ho\nu: so\na: "
+
+
+def test_spins_own_template(tokenizer: Any) -> None:
+    ids = tokens.prompt_ids(tokenizer, HELLO, "instruction")
+    expected = tokenizer("### Instruction: hello\n\n### Response: ")["input_ids"]
+    assert ids == expected
+    assert EOS not in ids
+
+
+def test_a_second_bos_is_taken_away(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = tokens.prompt_ids(tokenizer, HELLO, "chat")
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ bos_token }}" + str(tokenizer.chat_template)
+    )
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)[:6]
+        == "<s><s>"
+    )
+    assert tokens.prompt_ids(tokenizer, HELLO, "chat") == once
+    assert once.count(BOS) == 1
+
+
+class Eager:
+    """A tokenizer that adds BOS and EOS by itself, as some do."""
+
+    bos_token_id, eos_token_id = BOS, EOS
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [3 + len(word) for word in text.split()]
+        return {"input_ids": [BOS, *ids, EOS] if add_special_tokens else ids}
+
+
+def test_an_eos_that_the_tokenizer_adds_is_taken_away() -> None:
+    ids = tokens.prompt_ids(Eager(), HELLO, "instruction")
+    assert (ids[0], ids.count(BOS), ids.count(EOS)) == (BOS, 1, 0)
+
+
+def test_a_given_response_has_one_eos_and_no_bos(tokenizer: Any) -> None:
+    ids = tokens.response_ids(tokenizer, "  aha \n", limit=10)
+    assert tokenizer.decode(ids) == "aha</s>"
+    assert tokens.response_ids(Eager(), "one two", limit=10) == [6, 6, EOS]
+
+
+@pytest.mark.parametrize(("limit", "count", "ended"), [(2, 2, False), (3, 3, False), (4, 4, True)])
+def test_a_response_that_is_cut_has_no_eos(
+    tokenizer: Any, limit: int, count: int, ended: bool
+) -> None:
+    ids = tokens.response_ids(tokenizer, "aha", limit=limit)
+    assert len(ids) == count <= limit
+    assert (ids[-1] == EOS) == ended
+
+
+def test_no_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(SparringError, match=r'no chat template.*template = "instruction"'):
+        tokens.prompt_ids(tokenizer, HELLO, "chat")
+
+
+def test_eos_of_the_tokenizer_comes_first_then_the_models_others(
+    tokenizer: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert tokens.eos_ids(tokenizer, tiny_model) == [EOS]
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [9, 2, 7]}')
+    assert tokens.eos_ids(tokenizer, tmp_path / "m") == [EOS, 9, 7]
+
+
+def test_no_eos_at_all(tmp_path: Path) -> None:
+    class Endless:
+        eos_token_id = None
+
+    with pytest.raises(SparringError, match="has no EOS token; set eos_token"):
+        tokens.eos_ids(Endless(), tmp_path)
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(SparringError, match="has no tokenizer that transformers can load"):
+        tokens.load_tokenizer(tmp_path)
+
+
+def test_a_long_prompt_is_refused_by_name() -> None:
+    tokens.check_length("p7", [0] * 5, limit=5)
+    with pytest.raises(SparringError, match=r"'p7' has 6 tokens, more than the 5 .*max_tokens"):
+        tokens.check_length("p7", [0] * 6, limit=5)

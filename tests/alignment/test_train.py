@@ -1,0 +1,395 @@
+"""Training: schedules, batches, invariances, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sparring.alignment import train
+from sparring.alignment.rows import ReferencedPair
+from sparring.alignment.stages import TrainStage
+from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.metrics import read_metrics
+from sparring.launch.processes import World
+from sparring.launch.rows import read_rows, write_rows
+from sparring.launch.stages import Context
+
+BASE: dict[str, Any] = {
+    "beta": 0.01,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "batch": 8,
+    "micro_batch": 4,
+}
+
+
+class Run:
+    """One training run in a folder of its own, callable again to resume it."""
+
+    def __init__(self, folder: Path, model: Path, pairs: list[ReferencedPair], **options: Any):
+        self.output, self.model = folder, model
+        self.config = TrainStage(**{**BASE, **options})
+        self.events: list[dict[str, Any]] = []
+        (folder / "work").mkdir(parents=True)
+        (folder / "pairs").mkdir()
+        write_rows(folder / "pairs" / "pairs.parquet", ReferencedPair, pairs)
+
+    def __call__(self, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        def emit(**event: Any) -> None:
+            self.events.append(event)
+
+        context = Context(World(), self.output / "work", 3, stopped, emit)
+        inputs = {"model": self.model, "pairs": self.output / "pairs"}
+        return train.run(self.config, inputs, self.output, context)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "model.safetensors")
+
+    @property
+    def metrics(self) -> list[Any]:
+        return read_metrics(self.output / "metrics.jsonl")
+
+    @property
+    def notes(self) -> list[str]:
+        return [event["note"] for event in self.events if "note" in event]
+
+
+@pytest.fixture
+def pairs(tiny_chain: dict[str, Path]) -> list[ReferencedPair]:
+    return read_rows(tiny_chain["reference"] / "pairs.parquet", ReferencedPair)
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, tiny_model: Path, pairs: list[ReferencedPair]) -> Callable[..., Run]:
+    def make(name: str, rows: list[ReferencedPair] | None = None, **options: Any) -> Run:
+        return Run(tmp_path / name, tiny_model, pairs if rows is None else rows, **options)
+
+    return make
+
+
+def largest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+# Learning rate
+
+
+def rates(total: int, **options: Any) -> list[float]:
+    config = TrainStage(lr=2.0, **options)
+    return [train.learning_rate(config, step, total) for step in range(total)]
+
+
+def test_constant_rate() -> None:
+    assert rates(5, schedule="constant", warmup=0.0) == [2.0] * 5
+
+
+def test_linear_rate_falls_to_zero_after_the_last_step() -> None:
+    np.testing.assert_allclose(rates(4, schedule="linear", warmup=0.0), [2.0, 1.5, 1.0, 0.5])
+
+
+def test_cosine_rate() -> None:
+    expected = [1 + math.cos(math.pi * n / 8) for n in range(8)]
+    np.testing.assert_allclose(rates(8, schedule="cosine", warmup=0.0), expected)
+
+
+def test_warmup_rises_to_the_peak() -> None:
+    found = rates(10, schedule="linear", warmup=0.3)
+    np.testing.assert_allclose(found[:4], [2 / 3, 4 / 3, 2.0, 2.0])
+    np.testing.assert_allclose(np.diff(found[3:]), -2 / 7)
+
+
+@given(
+    st.integers(1, 200),
+    st.floats(0, 0.99),
+    st.sampled_from(["constant", "linear", "cosine"]),
+)
+@settings(deadline=None)
+def test_rates_are_positive_and_peak_once(total: int, warmup: float, schedule: str) -> None:
+    found = rates(total, schedule=schedule, warmup=warmup)
+    assert all(0 < rate <= 2.0 for rate in found)
+    top = found.index(max(found))
+    assert max(found) == pytest.approx(2.0)
+    assert found[: top + 1] == sorted(found[: top + 1])
+    assert found[top:] == sorted(found[top:], reverse=True)
+
+
+def test_a_schedule_laid_out_for_more_epochs_is_stopped_early(new_run: Callable[..., Run]) -> None:
+    """SPPO's paper: the schedule of 18 epochs, of which the first is run."""
+    run = new_run("a", schedule="linear", warmup=0.1, schedule_epochs=18)
+    figures = run()
+    steps = [row["lr"] for row in run.metrics]
+    warmup = math.ceil(0.1 * 18 * figures["steps"])
+    np.testing.assert_allclose(steps, [1e-3 * (n + 1) / warmup for n in range(len(steps))])
+
+
+# Batches
+
+
+@given(
+    st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.3, 1.0, 1.5, 3.0]), st.integers(0, 5)
+)
+def test_batches_cover_each_epoch_once(count: int, batch: int, epochs: float, seed: int) -> None:
+    config = TrainStage(batch=batch, epochs=epochs)
+    found = train.batches(count, config, seed)
+    assert found == train.batches(count, config, seed)
+    per_epoch = math.ceil(count / batch)
+    assert len(found) == max(1, round(epochs * per_epoch))
+    for epoch in range(len(found) // per_epoch):
+        rows = [n for b in found[epoch * per_epoch : (epoch + 1) * per_epoch] for n in b]
+        assert sorted(rows) == list(range(count))
+    assert all(1 <= len(b) <= batch for b in found)
+
+
+def test_epochs_and_seeds_have_their_own_order() -> None:
+    config = TrainStage(batch=64, epochs=2)
+    first, second = train.batches(64, config, 0)
+    assert first != second
+    assert train.batches(64, config, 1)[0] not in (first, second)
+    longer = train.batches(64, TrainStage(batch=64, epochs=3), 0)
+    assert longer[:2] == [first, second]
+
+
+# Losses and invariances
+
+
+def test_the_first_loss_follows_from_the_data_alone(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    """Δ = 0 at the start, so SPPO's loss in units of β² is the mean of (P̂ − ½)²."""
+    run = new_run("a", batch=len(pairs), beta=1e-3)
+    run()
+    wins = np.array([(p.chosen_win, p.rejected_win) for p in pairs])
+    eta, beta = 1e3, 1e-3
+    expected = ((eta * (wins - 0.5)) ** 2).mean() * beta**2
+    first = run.metrics[0]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["reference_gap"] == pytest.approx(0, abs=1e-4)
+    assert run.notes == []
+
+
+def test_training_raises_the_chosen_responses(new_run: Callable[..., Run]) -> None:
+    run = new_run("a", epochs=8, beta=0.1, lr=3e-3)
+    run()
+    first, last = run.metrics[0], run.metrics[-1]
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["accuracy"] == 1.0
+    assert last["chosen"] > 0.5 > -0.5 > last["rejected"]
+
+
+def test_a_start_far_from_the_reference_is_noted(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    moved = [
+        dataclasses.replace(p, chosen_reference_logp=p.chosen_reference_logp - 2) for p in pairs
+    ]
+    run = new_run("a", moved, batch=len(pairs))
+    run()
+    assert run.metrics[0]["reference_gap"] == pytest.approx(2, abs=1e-3)
+    assert "2.00 nats a response away from the reference" in run.notes[0]
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 1}, {"micro_batch": 3}, {"logits_chunk": 7}])
+def test_how_a_batch_is_cut_changes_no_weight(
+    new_run: Callable[..., Run], options: dict[str, Any]
+) -> None:
+    # RMSprop and Adam divide by the gradient's size, which blows up rounding where it is near 0;
+    # the rate keeps that below the tolerance, and the weights' change well above it.
+    common = {"lr": 1e-5, "epochs": 2}
+    one, other = new_run("one", micro_batch=8, **common), new_run("other", **common, **options)
+    one()
+    other()
+    before = load_file(one.model / "model.safetensors")
+    assert largest_difference(one.weights, before) > 2e-5
+    assert largest_difference(one.weights, other.weights) < 1e-6
+    for a, b in zip(one.metrics, other.metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_short_last_batch_is_divided_by_its_own_size(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    """Its gradient is that of a batch of the same rows, whatever train.batch is."""
+    rows = pairs[:3]
+    short, exact = new_run("short", rows, batch=8), new_run("exact", rows, batch=3, micro_batch=3)
+    short()
+    exact()
+    assert short.metrics[0]["grad_norm"] == pytest.approx(exact.metrics[0]["grad_norm"], rel=1e-4)
+    assert short.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=1e-5)
+
+
+def test_clipping(new_run: Callable[..., Run]) -> None:
+    """The norm is reported as it was before."""
+    free, clipped = new_run("free", clip=0), new_run("clipped", clip=1e-4)
+    free()
+    clipped()
+    assert clipped.metrics[0]["grad_norm"] == pytest.approx(free.metrics[0]["grad_norm"])
+    assert clipped.metrics[0]["grad_norm"] > 1e-4
+    assert largest_difference(free.weights, clipped.weights) > 0
+
+
+def test_sft_looks_at_the_chosen_response_alone(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    sft = {"algorithm": "sft", "batch": len(pairs)}
+    swapped = [dataclasses.replace(p, rejected_ids=(5, 2)) for p in pairs]
+    one, two = new_run("one", **sft), new_run("two", swapped, **sft)
+    one()
+    two()
+    # Rounding only: rows are sorted by length, the rejected response's too, before they are cut.
+    assert largest_difference(one.weights, two.weights) < 1e-5
+    expected = -np.mean([p.chosen_reference_logp for p in pairs])
+    assert one.metrics[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(new_run: Callable[..., Run]) -> None:
+    one, two = new_run("one"), new_run("two")
+    one()
+    two()
+    for name in ("model.safetensors", "metrics.jsonl", "config.json"):
+        assert (one.output / name).read_bytes() == (two.output / name).read_bytes()
+
+
+# LoRA
+
+
+def test_lora_is_merged(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    original = train.merge_lora
+
+    def spy(state: Any, scaling: float) -> Any:
+        seen.update({name: tensor.clone() for name, tensor in state.items()})
+        assert scaling == 6.0 / 3
+        return original(state, scaling)
+
+    monkeypatch.setattr(train, "merge_lora", spy)
+    run = new_run("a", lora_rank=3, lora_alpha=6.0, lr=1e-2, epochs=2)
+    run()
+    base, merged = load_file(run.model / "model.safetensors"), run.weights
+    assert merged.keys() == base.keys()
+    adapted = {
+        name.replace(".lora_A.default", ""): name for name in seen if ".lora_A.default" in name
+    }
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert sorted(adapted) == sorted(n for n in base if n.split(".")[-2] in layers)
+    for name, weight in base.items():
+        if name in adapted:
+            a = seen[adapted[name]].double()
+            b = seen[adapted[name].replace("lora_A", "lora_B")].double()
+            assert a.shape[0] == b.shape[1] == 3
+            expected = weight.double() + 6.0 / 3 * (b @ a)
+            torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=1e-6)
+            assert (merged[name] - weight).abs().max() > 1e-4
+        else:
+            assert torch.equal(merged[name], weight)
+
+
+# What is refused, and what is dropped
+
+
+def test_pairs_that_are_too_long_are_dropped_and_counted(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    lengths = sorted(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    limit = lengths[len(lengths) // 2]
+    figures = new_run("a", max_length=limit)()
+    assert figures["too_long"] == sum(length > limit for length in lengths) > 0
+    assert figures["pairs"] == len(pairs) - figures["too_long"]
+    with pytest.raises(SparringError, match=rf"none of the {len(pairs)} pairs fits .* = 5 .*raise"):
+        new_run("b", max_length=5)()
+
+
+def test_a_loss_that_is_not_a_number(
+    new_run: Callable[..., Run], pairs: list[ReferencedPair]
+) -> None:
+    broken = [dataclasses.replace(p, chosen_win=math.nan) for p in pairs]
+    run = new_run("a", broken)
+    with pytest.raises(SparringError, match=r"the loss became nan; lower train\.lr"):
+        run()
+    assert not (run.output / "model.safetensors").exists()
+
+
+# Checkpoints
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    left = iter([False] * (steps - 1))
+    return lambda: next(left, True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_stop_and_resume_give_the_bits_of_an_uninterrupted_run(
+    new_run: Callable[..., Run], optimizer: str, save_every: int
+) -> None:
+    options = {"epochs": 3, "optimizer": optimizer, "schedule": "linear", "batch": 5}
+    whole = new_run("whole", save_every=save_every, **options)
+    total = whole()["steps"]
+    assert total > 5
+    cut = new_run("cut", save_every=save_every, **options)
+    for steps in (3, 1):
+        with pytest.raises(Stopped, match="run the same command again"):
+            cut(stop_after(steps))
+        (checkpoint,) = (cut.output / "work").glob("checkpoint-*")
+        assert (checkpoint / "done").exists()
+    assert checkpoint.name == "checkpoint-0000004"
+    cut()
+    done = [event["done"] for event in cut.events]
+    assert done == list(range(1, total + 1)), "no step is repeated"
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (cut.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_half_written_checkpoint_is_not_loaded(new_run: Callable[..., Run]) -> None:
+    whole = new_run("whole", epochs=2)
+    whole()
+    cut = new_run("cut", epochs=2)
+    with pytest.raises(Stopped):
+        cut(stop_after(2))
+    (checkpoint,) = (cut.output / "work").glob("checkpoint-*")
+    (checkpoint / "done").unlink()
+    cut()
+    assert largest_difference(whole.weights, cut.weights) == 0
+    assert (cut.output / "metrics.jsonl").read_bytes() == (
+        whole.output / "metrics.jsonl"
+    ).read_bytes()
+
+
+def test_a_checkpoint_of_another_layout_is_not_loaded(new_run: Callable[..., Run]) -> None:
+    cut = new_run("cut", epochs=2)
+    with pytest.raises(Stopped):
+        cut(stop_after(2))
+    (checkpoint,) = (cut.output / "work").glob("checkpoint-*")
+    text = (checkpoint / "done").read_text()
+    (checkpoint / "done").write_text(text.replace('"ranks": 1', '"ranks": 4'))
+    cut.events.clear()
+    cut()
+    assert cut.events[0]["done"] == 1
+
+
+def test_the_result_is_a_whole_model_folder(new_run: Callable[..., Run], tiny_model: Path) -> None:
+    from sparring.alignment.models import load_policy
+    from sparring.alignment.tokens import load_tokenizer
+
+    run = new_run("a")
+    figures = run()
+    assert figures["steps"] == len(run.metrics)
+    model = load_policy(run.output)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    assert load_tokenizer(run.output).chat_template == load_tokenizer(tiny_model).chat_template
+    assert load_file(tiny_model / "model.safetensors").keys() == run.weights.keys()

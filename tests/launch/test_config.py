@@ -1,0 +1,133 @@
+"""Recipes from TOML: what is refused, and what the message says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparring.launch.config import at, build, config, differences, parse, plain, read_toml
+from sparring.launch.errors import UsageError
+
+
+@config
+class Inner:
+    steps: int = 1
+    rate: float | tuple[float, ...] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+
+@config
+class Outer:
+    name: str
+    inner: Inner = Inner()
+    where: Path = Path("here")
+
+
+def refusal(**data: object) -> str:
+    with pytest.raises(UsageError) as caught:
+        build(Outer, data, "r.toml")
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_valid_data() -> None:
+    built = build(Outer, {"name": "a", "inner": {"rate": [0.1, 0.2]}}, "r.toml")
+    assert built == Outer(name="a", inner=Inner(rate=(0.1, 0.2)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"nme": "a", "name": "a"}, "r.toml: unknown key 'nme'; did you mean 'name'?"),
+        (
+            {"name": "a", "inner": {"stepps": 2}},
+            "r.toml: unknown key 'inner.stepps'; did you mean 'inner.steps'?",
+        ),
+        (
+            {"name": "a", "inner": {"zzz": 2}},
+            "r.toml: unknown key 'inner.zzz'; allowed here: steps, rate",
+        ),
+        ({}, "r.toml: key 'name' is missing"),
+        (
+            {"name": "a", "inner": {"steps": 0}},
+            "r.toml: inner: steps must be at least 1, not 0",
+        ),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(data: dict[str, object], message: str) -> None:
+    assert refusal(**data) == message
+
+
+def test_a_wrong_type_shows_key_and_value() -> None:
+    text = refusal(name="a", inner={"steps": "many"})
+    assert "inner.steps" in text
+    assert "integer" in text
+    assert "'many'" in text
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(refusal(nam="a", inner={"steps": "many"}).splitlines()) == 3
+
+
+def test_missing_file_folder_and_bad_syntax(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nothing\.toml: no such recipe; `sparring recipes`"):
+        read_toml(tmp_path / "nothing.toml")
+    with pytest.raises(UsageError, match="is a folder"):
+        read_toml(tmp_path)
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = 1\nb = = 2\n")
+    with pytest.raises(UsageError, match=r"bad\.toml is not valid TOML: .*line 2"):
+        read_toml(bad)
+    bad.write_bytes(b"a = '\xff'\n")
+    with pytest.raises(UsageError, match="is not valid TOML"):
+        read_toml(bad)
+
+
+def test_the_command_line_overrides_the_file() -> None:
+    default = Outer(name="a", inner=Inner(steps=3, rate=0.5))
+    options = parse(Outer, ["--inner.steps", "7"], prog="p", description="d", default=default)
+    assert options == Outer(name="a", inner=Inner(steps=7, rate=0.5))
+
+
+def test_a_refused_override_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("many", "0"):
+        try:
+            parse(Outer, ["--inner.steps", value], prog="p", description="", default=Outer(name=""))
+        except UsageError as error:
+            code, text = error.exit_code, str(error)
+        except SystemExit as stop:
+            code, text = stop.code, capsys.readouterr().err
+        assert code == 2
+        assert value in text
+
+
+def test_schedules_keep_their_last_value() -> None:
+    assert [at(2.0, t) for t in range(3)] == [2.0, 2.0, 2.0]
+    assert [at((1.0, 2.0), t) for t in range(4)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_plain_data_builds_the_same_again() -> None:
+    outer = Outer(name="a", inner=Inner(rate=(0.1, 0.2)), where=Path("x/y"))
+    assert build(Outer, plain(outer), "again") == outer
+
+
+def test_differences_are_dotted_keys() -> None:
+    old, new = plain(Outer(name="a")), plain(Outer(name="b", inner=Inner(steps=2)))
+    assert differences(old, new) == ["inner.steps: 1 -> 2", "name: 'a' -> 'b'"]
+    assert differences(old, old) == []
+
+
+def test_checking_a_recipe_imports_no_model_code() -> None:
+    code = (
+        "import sys; from sparring.alignment.config import Recipe; "
+        "from sparring.launch.config import build; build(Recipe, {'name': 'a'}, 'r'); "
+        "print([m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

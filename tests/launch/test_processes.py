@@ -1,0 +1,218 @@
+"""Processes of stages: how they fail, how they are stopped, and that none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparring.launch import processes, stages
+from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.processes import World
+from sparring.launch.stages import LaunchConfig, Step
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def execute(folder: Path, mode: str, **launch: Any) -> Any:
+    """The toy stage in a process of its own."""
+    from toy_pipeline import ADD, Add
+
+    events: list[dict[str, Any]] = []
+    artifact, fresh = stages.execute(
+        Step("one", ADD, Add(mode=mode), {}),
+        {},
+        folder / "one",
+        LaunchConfig(**launch),
+        logs=folder / "logs",
+        on_event=events.append,
+    )
+    return artifact, fresh, events
+
+
+def test_a_stage_in_its_own_process(tmp_path: Path) -> None:
+    artifact, fresh, events = execute(tmp_path, "ok")
+    assert fresh
+    assert artifact.figures == {"total": 1}
+    assert events == [{"done": 1, "total": 1, "unit": "numbers"}]
+    assert not (tmp_path / "one" / "work").exists()
+
+
+def test_the_same_in_the_driver(tmp_path: Path) -> None:
+    apart = execute(tmp_path / "apart", "ok")[0]
+    inline = execute(tmp_path / "inline", "ok", inline=("add",))[0]
+    assert (apart.key, apart.digest) == (inline.key, inline.digest)
+
+
+def test_killed_by_a_signal(tmp_path: Path) -> None:
+    with pytest.raises(SparringError, match=r"killed by signal 9 .*its output is in .*one\.log"):
+        execute(tmp_path, "kill")
+
+
+def test_an_error_for_users_is_its_message_alone(tmp_path: Path) -> None:
+    with pytest.raises(SparringError) as caught:
+        execute(tmp_path, "user")
+    assert str(caught.value) == "the toy is broken; buy another"
+
+
+def test_a_bug_points_at_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(SparringError) as caught:
+        execute(tmp_path, "bug")
+    text = str(caught.value)
+    assert text.startswith("rank0 failed: ValueError: an unexpected toy\n")
+    path = tmp_path / "one" / "work" / "errors" / "rank0.txt"
+    assert str(path) in text
+    assert "in add" in path.read_text()
+    assert "ValueError: an unexpected toy" in (tmp_path / "logs" / "one.log").read_text()
+
+
+def test_an_old_error_is_not_told_again(tmp_path: Path) -> None:
+    """The record of an earlier try must not stand for a later failure without one."""
+    with pytest.raises(SparringError, match="buy another"):
+        execute(tmp_path, "user")
+    errors = tmp_path / "one" / "work" / "errors"
+    assert errors.is_dir()
+    from toy_pipeline import ADD, Add
+
+    # The same folder and key, but now the process dies without a word.
+    step = Step("one", ADD, Add(mode="user"), {})
+    original = stages.write_job
+
+    def deadly(*args: Any) -> Path:
+        path = original(*args)
+        path.write_text(path.read_text().replace('"mode": "user"', '"mode": "kill"'))
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "write_job", deadly)
+        with pytest.raises(SparringError, match="killed by signal 9"):
+            stages.execute(
+                step, {}, tmp_path / "one", LaunchConfig(), logs=tmp_path, on_event=lambda _: None
+            )
+
+
+def test_the_rank_that_failed_first_is_told(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    processes.record_error(errors, 1, ValueError("the cause"))
+    time.sleep(0.01)
+    processes.record_error(errors, 0, ValueError("a consequence"))
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    with pytest.raises(SparringError, match=r"^rank1 failed: ValueError: the cause"):
+        processes.run(
+            command, log=tmp_path / "log", errors=errors, environment={}, on_event=lambda _: None
+        )
+
+
+def test_output_goes_to_the_log_and_events_to_the_driver(tmp_path: Path) -> None:
+    code = "import os; print('hello', os.environ['SAID']); print('@sparring {\"done\": 1}')"
+    events: list[dict[str, Any]] = []
+    processes.run(
+        [sys.executable, "-c", code],
+        log=tmp_path / "logs" / "log",
+        errors=tmp_path,
+        environment={"SAID": "you"},
+        on_event=events.append,
+    )
+    assert (tmp_path / "logs" / "log").read_text() == "hello you\n"
+    assert events == [{"done": 1}]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from toy_pipeline import ADD, Add
+from sparring.launch import runs, stages
+from sparring.launch.errors import Stopped
+folder = Path(sys.argv[1])
+try:
+    with runs.sigterm_stops():
+        stages.execute(
+            stages.Step("one", ADD, Add(mode="wait"), {}), {}, folder / "one",
+            stages.LaunchConfig(), logs=folder, on_event=print,
+        )
+except (Stopped, KeyboardInterrupt) as error:
+    sys.exit(75 if isinstance(error, Stopped) else 1)
+"""
+
+
+def start_driver(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A driver whose stage waits; returns it with the pid of the stage."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder)])
+    path = folder / "one" / "work" / "pid"
+    until(lambda: path.exists() and path.read_text() != "")
+    return driver, int(path.read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_driver_lets_the_stage_save(tmp_path: Path, number: signal.Signals) -> None:
+    driver, stage = start_driver(tmp_path)
+    driver.send_signal(number)
+    assert driver.wait(20) == Stopped.exit_code
+    assert (tmp_path / "one" / "work" / "saved").read_text() == "yes"
+    assert not alive(stage)
+
+
+def test_no_orphan_outlives_a_killed_driver(tmp_path: Path) -> None:
+    driver, stage = start_driver(tmp_path)
+    assert alive(stage)
+    driver.kill()
+    driver.wait()
+    until(lambda: not alive(stage), 5)
+    assert not (tmp_path / "one" / "work" / "saved").exists()
+
+
+def test_the_interpreter_of_a_stage_may_be_named(tmp_path: Path) -> None:
+    with pytest.raises(SparringError, match=r"launch\.python\.add: /no/python does not exist"):
+        execute(tmp_path, "ok", python={"add": "/no/python"})
+    marker = tmp_path / "used"
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\ntouch {marker}\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    execute(tmp_path, "ok", python={"add": str(wrapper)}, inline=("add",))
+    assert marker.exists()
+
+
+def test_several_ranks_are_started_by_deepspeed() -> None:
+    one = processes.command("python", Path("job.json"), 1)
+    assert one == ["python", "-m", "sparring.launch.worker", "job.json"]
+    many = processes.command("python", Path("job.json"), 3)
+    assert many[:3] == ["python", "-m", "deepspeed.launcher.runner"]
+    assert many[many.index("--num_gpus") + 1] == "3"
+    assert many[-3:] == ["--module", "sparring.launch.worker", "job.json"]
+
+
+def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.from_environment() == World(0, 1, 0)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == World(5, 8, 1)
+
+
+def test_stop_flag_turns_sigterm_into_a_question() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.stop_flag() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped()
+    assert signal.getsignal(signal.SIGTERM) is before
