@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparring.alignment import tokens
 from sparring.alignment.engines import Request, build_engine
-from sparring.alignment.prompts import load_prompts
+from sparring.alignment.prompt_files import load_prompts
 from sparring.alignment.rows import Prompt, Response
 from sparring.alignment.stages import GenerateStage
 from sparring.launch import shards

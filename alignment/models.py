@@ -133,13 +133,19 @@ def save_policy(state: Mapping[str, Any], like: Path, output: Path) -> None:
     """Write weights as float32 safetensors beside the config and tokenizer of the folder `like`."""
     from huggingface_hub import save_torch_state_dict
 
-    tensors = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    tensors = {name: _own(tensor) for name, tensor in state.items()}
     save_torch_state_dict(tensors, str(output), metadata={"format": "pt"})
     for path in like.iterdir():
         wanted = path.suffix in (".json", ".jinja", ".model", ".txt")
         if wanted and path.name != artifacts.MANIFEST and "safetensors" not in path.name:
             shutil.copyfile(path, output / path.name)
     _set_dtype(output / "config.json")
+
+
+def _own(tensor: Any) -> Any:
+    """A float32 tensor with storage of its own: ZeRO's masters are views of one flat tensor."""
+    tensor = tensor.float().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _set_dtype(path: Path) -> None:

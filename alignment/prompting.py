@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sparring.alignment.config import PromptsConfig
-from sparring.alignment.prompts import chitchat_prompts, constraint_prompts, load_prompts, split
+from sparring.alignment.prompt_files import load_prompts
+from sparring.alignment.prompts import chitchat_prompts, constraint_prompts, split
 from sparring.alignment.rows import Prompt
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures

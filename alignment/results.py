@@ -60,14 +60,20 @@ def _label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def _grid(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
+    """The evaluations as cells: a heading line, then a line a figure."""
+    lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
+    return lines + [
+        [_label(name), *(_cell(f.get(name)) for _, f in rows)] for name in _columns(rows)
+    ]
+
+
 def table(recipe: Recipe, run: Path) -> str:
     """The evaluations as text for a terminal."""
     rows = evaluations(recipe, run)
     if not rows:
         return "nothing was evaluated yet"
-    columns = _columns(rows)
-    lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
-    lines += [[_label(name), *(_cell(f.get(name)) for _, f in rows)] for name in columns]
+    lines = _grid(rows)
     widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * w for w in widths))
@@ -152,14 +158,14 @@ def _steps(run: Path) -> Section:
 def write_report(recipe: Recipe, run: Path) -> Path:
     """Write ``report.html`` into the run."""
     rows = evaluations(recipe, run)
-    columns = _columns(rows)
+    heading, *lines = _grid(rows)
     level = round(100 * recipe.evaluate.level)
     held_out = Section(
         "Held-out prompts",
         note=f"Mean and {level} % bootstrap interval over base questions. Win rates count ties "
         "as ½; the judge is the one that chose the training pairs.",
-        columns=["after iteration", *(_label(name) for name in columns)],
-        rows=[[str(t), *(_cell(figures.get(name)) for name in columns)] for t, figures in rows],
+        columns=heading,
+        rows=lines,
         charts=_charts(rows),
     )
     shown = {key: value for key, value in plain(recipe).items() if key != "launch"}

@@ -57,9 +57,10 @@ class _Invocation:
     arguments: list[str]
     as_json: bool
     changed: bool
+    out: TextIO
 
     def show(self, result: Any, text: str) -> None:
-        print(json.dumps(result, indent=1) if self.as_json else text)
+        print(json.dumps(result, indent=1) if self.as_json else text, file=self.out)
 
 
 def find_recipe(name: str) -> Path:
@@ -319,8 +320,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown command {command!r}{hint} (sparring --help lists all)")
     plain = [word for word in rest if word not in ("--json", "--changed")]
-    call = _Invocation(command, plain, as_json="--json" in rest, changed="--changed" in rest)
-    return _HANDLERS[command](call)
+    as_json, changed = "--json" in rest, "--changed" in rest
+    call = _Invocation(command, plain, as_json, changed, sys.stdout)
+    # Libraries print what they like; with --json standard output is the result's alone.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        return _HANDLERS[command](call)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

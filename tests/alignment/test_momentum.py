@@ -188,6 +188,16 @@ def test_folder_leaves_other_weights_behind(tmp_path: Path) -> None:
     assert names == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
+def test_folder_leaves_what_belongs_to_the_artifact_behind(tmp_path: Path) -> None:
+    """With the key and manifest of `new` the folder would pass for whole, and for another one."""
+    new, old = (save_folder(tmp_path / name, weights(1)) for name in ("new", "old"))
+    for name in (".key", ".rank0.lock", "manifest.json", "metrics.jsonl"):
+        (new / name).write_text("{}")
+    extrapolate_folder(new, old, tmp_path / "out", 0.3)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
 def test_folder_mistakes_are_found_before_writing(tmp_path: Path) -> None:
     new = save_folder(tmp_path / "new", weights(1), 2)
     other = weights(2)

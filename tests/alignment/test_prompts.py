@@ -15,11 +15,11 @@ from sparring.alignment import base_questions as base_module
 from sparring.alignment import prompts as prompts_module
 from sparring.alignment.base_questions import base_questions, package_file, without_constraints
 from sparring.alignment.judges.verifier import base_question, describe, parse_verifier
+from sparring.alignment.prompt_files import load_prompts
 from sparring.alignment.prompts import (
     KINDS,
     chitchat_prompts,
     constraint_prompts,
-    load_prompts,
     split,
 )
 from sparring.alignment.rows import Message, Prompt

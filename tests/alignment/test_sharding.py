@@ -1,4 +1,4 @@
-"""One optimizer, any number of ranks: ZeRO under DeepSpeed's launcher gives one process's weights."""
+"""ZeRO on several ranks, started by DeepSpeed's launcher, gives the weights of one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from sparring.alignment.rows import ReferencedPair
 from sparring.launch.cli import main
 from sparring.launch.rows import write_rows
@@ -39,7 +40,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(model: Path, pairs: Path, out: Path, *options: str) -> Path:
-    settings = "--beta 0.01 --lr 0.003 --schedule constant --warmup 0 --batch 8 --epochs 2".split()
+    rate = ["--lr", "0.003", "--schedule", "constant", "--warmup", "0"]
+    settings = ["--beta", "0.01", *rate, "--batch", "8", "--epochs", "2"]
     given = ["--model", str(model), "--pairs", str(pairs), "--out", str(out)]
     assert main(["train", *given, *settings, "--json", *options]) == 0
     return out

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sparring.alignment.rows import ReferencedPair, Response
 from sparring.launch.cli import main
 from sparring.launch.rows import read_rows
