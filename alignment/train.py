@@ -273,5 +273,5 @@ def _checkpoint(trainer: Trainer, step: int, total: int) -> None:
     every = trainer.config.save_every
     if step < total and (asked or (every and step % every == 0)):
         trainer.sharding.save(trainer.context.work, step)
-    if asked:
+    if asked and step < total:
         raise Stopped("stopped; run the same command again to go on")

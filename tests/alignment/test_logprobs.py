@@ -81,6 +81,17 @@ def test_padding_on_either_side_changes_nothing(
     np.testing.assert_allclose(logp.detach(), by_hand, rtol=2e-6, atol=2e-5)
 
 
+def test_padding_with_learned_positions(rows: list[Row]) -> None:
+    """Llama's rotary positions are relative and would forgive a shift; GPT-2's are not."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 36, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    policy = ScoredPolicy(GPT2LMHeadModel(GPT2Config(**sizes)).eval())
+    plain = torch.cat([score(policy, [row]) for row in rows])
+    torch.testing.assert_close(score(policy, rows, left=9), plain, rtol=2e-6, atol=2e-5)
+
+
 def test_longer_neighbours_change_nothing(
     policy: ScoredPolicy, rows: list[Row], by_hand: list[float]
 ) -> None:

@@ -164,6 +164,21 @@ def test_json_of_plan_recipes_and_doctor(sparring: Any) -> None:
     assert {"name", "ok", "detail"} == findings[0].keys()
 
 
+def test_with_json_nothing_else_is_on_standard_output(
+    sparring: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparring.launch import doctor
+
+    def chatty() -> list[doctor.Finding]:
+        print("[WARNING] a library has something to say")
+        return [doctor.Finding("a", True, "fine")]
+
+    monkeypatch.setattr(doctor, "examine", chatty)
+    code, out, err = sparring("doctor", "--json")
+    assert (code, json.loads(out)[0]["name"]) == (0, "a")
+    assert "something to say" in err
+
+
 def test_doctor_fails_where_something_is_missing(
     sparring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ class Whole:
     share: float
     flag: bool
     note: str | None
+    some: tuple[int, ...] | None
     ids: tuple[int, ...]
     matrix: tuple[tuple[float, ...], ...]
     parts: tuple[Part, ...]
@@ -48,6 +49,7 @@ wholes = st.builds(
     floats,
     st.booleans(),
     st.none() | st.text(),
+    st.none() | st.lists(int64, max_size=3).map(tuple),
     st.lists(int64, max_size=4).map(tuple),
     st.lists(st.lists(floats, max_size=3).map(tuple), max_size=3).map(tuple),
     st.lists(parts, max_size=3).map(tuple),
@@ -77,7 +79,7 @@ def test_not_a_number_and_infinity_survive(tmp_path: Path) -> None:
 
 
 def whole(**changes: object) -> Whole:
-    one = Whole("a", 1, 0.5, True, None, (1,), ((1.0,),), (), Part("m", 1))
+    one = Whole("a", 1, 0.5, True, None, None, (1,), ((1.0,),), (), Part("m", 1))
     return dataclasses.replace(one, **changes)
 
 
@@ -90,7 +92,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_only_optional_fields_are_nullable() -> None:
-    assert [f.name for f in schema(Whole) if f.nullable] == ["note"]
+    assert [f.name for f in schema(Whole) if f.nullable] == ["note", "some"]
 
 
 def test_errors_name_file_and_column(tmp_path: Path) -> None:
