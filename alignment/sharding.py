@@ -28,12 +28,14 @@ class Sharding:
     """Prepares model and optimizer, and saves and restores them, whatever the ZeRO stage."""
 
     def __init__(self, config: TrainConfig, world: World, *, micro_batches: int) -> None:
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
         self.stage = zero_stage(config, world)
         self.world = world
-        on_cpu = not torch.cuda.is_available()
         options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
         if self.stage is None:
             options["cpu"] = on_cpu
@@ -145,7 +147,6 @@ def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no other
         import deepspeed.ops
 
         # Compiling it takes minutes, and leaves a stale lock when killed; gloo does the same work.
