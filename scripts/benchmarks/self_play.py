@@ -1,9 +1,8 @@
 """Measure self-play recipes over seeds: the figures of docs/alignment.
 
-Each recipe is run once a seed, one after the other, in its own folder; an interrupted call
-goes on when it is made again. Then a Markdown table a figure is printed: a line a recipe
-and seed with the bootstrap interval over base questions, and a line a recipe with mean and range over
-seeds.
+Each recipe is run once a seed, one after the other, in its own folder; an interrupted call goes on
+when it is made again. Then a Markdown table a figure is printed: a line a recipe and seed with the
+bootstrap interval over base questions, and a line a recipe with mean and range over seeds.
 
     python scripts/benchmarks/self_play.py sppo-smollm2 dpo-smollm2 --seeds 0 1
     python scripts/benchmarks/self_play.py sppo-smollm2 dpo-smollm2 --seeds 0 1 --table-only
