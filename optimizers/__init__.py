@@ -1,5 +1,7 @@
-"""Optimizers by name."""
+"""Optimizers: MARS, and others by name."""
 
 from sparring.optimizers.build import build_optimizer
+from sparring.optimizers.mars import MARS
+from sparring.optimizers.recursive import RecursiveEstimator
 
-__all__ = ["build_optimizer"]
+__all__ = ["MARS", "RecursiveEstimator", "build_optimizer"]

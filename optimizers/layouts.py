@@ -1,0 +1,249 @@
+"""Which parts of which parameters an optimizer's tensor holds, under every sharding.
+
+A sharded optimizer sees flat tensors, not parameters: ZeRO 1 and 2 give it a rank's stretch of a
+whole group, ZeRO 3 a slice of every parameter, FSDP2 a DTensor. MARS needs to know the matrix and
+the parameter behind each element, because it clips by the norm of a parameter and orthogonalises
+matrices. A tensor that cannot be resolved is an error: taking one-dimensional for "a vector" is how
+optimizers turn into AdamW under ZeRO without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Kind = Literal["matrix", "vector", "embedding"]
+KINDS: tuple[Kind, ...] = ("matrix", "vector", "embedding")
+
+# Names of input embeddings and output heads in transformers' models.
+_EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b|lm_head|\bembeddings?\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A parameter as the user handed it over, before anything sharded it."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def describe(parameter: Tensor, name: str = "", kind: Kind | None = None) -> Original:
+    """Shape and kind of a parameter; `ds_shape` is what `zero.Init` keeps of its shape."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if kind is None:
+        # The authors' code takes exactly two dimensions for a matrix: convolutions are vectors.
+        kind = "vector" if len(shape) != 2 else "matrix"
+        if kind == "matrix" and _EMBEDDING.search(name):
+            kind = "embedding"
+    return Original(parameter, shape, kind)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous stretch of a flattened parameter inside an optimizer's tensor."""
+
+    index: int
+    """Position of the parameter among the originals."""
+    start: int
+    """First element, in the flattened parameter."""
+    offset: int
+    """First element, in the tensor."""
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one tensor of the optimizer holds.
+
+    `members` are the originals that this tensor and its siblings on the other ranks of `groups`
+    hold together; it is the same on all of them, and `segments` is this rank's part. Without
+    `groups` the tensor is one whole parameter.
+    """
+
+    segments: tuple[Segment, ...]
+    members: tuple[int, ...]
+    groups: tuple[Any, ...] = ()
+    cloned: bool = False
+    """A float32 copy of a parameter, made by DeepSpeed's optimizer without ZeRO."""
+
+    @property
+    def whole(self) -> bool:
+        return not self.groups
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor in this process."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def whole(index: int, tensor: Tensor) -> Layout:
+    """Layout of a tensor that is original number `index`."""
+    return Layout((Segment(index, 0, 0, tensor.numel()),), (index,))
+
+
+Candidates = Sequence[tuple[int, Original]]
+"""Originals of one parameter group with their positions."""
+
+
+def _same(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
+    """Plain torch, DDP, ZeRO 0 in float32: the tensor is the parameter."""
+    if is_dtensor(tensor):
+        return None
+    for index, original in candidates:
+        if original.parameter is tensor:
+            return whole(index, tensor)
+    return None
+
+
+def _zero3(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
+    """ZeRO 3: a sub-group's flat tensor, the concatenated local shards of its parameters."""
+    for _, original in candidates:
+        zero = getattr(original.parameter, "_z3_optimizer", None)
+        if zero is not None:
+            break
+    else:
+        return None
+    flats = zero.fp32_partitioned_groups_flat
+    where = next((i for i, flat in enumerate(flats) if flat is tensor), None)
+    if where is None:
+        return None
+    if getattr(zero, "partial_offload", 1.0) != 1.0:
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.ratio = {zero.partial_offload}: DeepSpeed then "
+            "updates the other part by its own AdamW, not by MARS; set ratio to 1.0"
+        )
+    members = {id(parameter) for parameter in zero.fp16_groups[where]}
+    segments, held, group = [], [], None
+    for index, original in candidates:
+        parameter: Any = original.parameter
+        if id(parameter) not in members:
+            continue
+        held.append(index)
+        group = parameter.ds_process_group
+        _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = dist.get_rank(group) * size
+        numel = min(size, original.numel - start)  # the last shard is padded
+        if numel > 0:
+            segments.append(Segment(index, start, offset, numel))
+    return Layout(tuple(segments), tuple(held), (group,))
+
+
+def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
+    """ZeRO 1 and 2, BF16_Optimizer: a rank's stretch of the concatenated, padded group."""
+    mapped = [(i, o) for i, o in candidates if hasattr(o.parameter, "_hp_mapping")]
+    if not mapped or tensor.dim() != 1:
+        return None
+    segments = []
+    for index, original in mapped:
+        mapping: Any = original.parameter._hp_mapping
+        if mapping is None:  # no part of it on this rank
+            continue
+        storage = None if mapping.hp_fragment is None else mapping.hp_fragment.untyped_storage()
+        if storage is not None and storage.data_ptr() != tensor.untyped_storage().data_ptr():
+            return None
+        held = mapping.hp_fragment_address
+        segments.append(Segment(index, mapping.lp_fragment_address.start, held.start, held.numel))
+    group = mapped[0][1].parameter._dp_group  # type: ignore[attr-defined]
+    return Layout(tuple(segments), tuple(i for i, _ in mapped), (group,))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor (FSDP2, tensor parallelism)."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _dtensor(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
+    """FSDP2: a DTensor, split over some of its mesh's dimensions."""
+    if not is_dtensor(tensor):
+        return None
+    from torch.distributed.tensor import Partial, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    dtensor: Any = tensor
+    found = [index for index, original in candidates if original.parameter is tensor]
+    # accelerate exchanges a group's parameters for DTensors, in their order.
+    index = found[0] if found else candidates[position][0]
+    shape = tuple(dtensor.shape)
+    if candidates[index - candidates[0][0]][1].shape != shape:
+        return None
+    groups = []
+    for dimension, placement in enumerate(dtensor.placements):
+        if isinstance(placement, Partial):
+            raise ValueError(f"a parameter of shape {shape} has a partial placement")
+        if isinstance(placement, Shard):
+            groups.append(dtensor.device_mesh.get_group(dimension))
+    here, offsets = compute_local_shape_and_global_offset(
+        dtensor.shape, dtensor.device_mesh, dtensor.placements
+    )
+    numel = math.prod(here)
+    if not groups:
+        return whole(index, local(tensor))
+    # A stretch of rows is contiguous in the flattened parameter; another split is not (start -1).
+    by_rows = tuple(here[1:]) == shape[1:] or numel == 0
+    start = offsets[0] * math.prod(shape[1:]) if by_rows and shape else -1
+    segments = (Segment(index, start, 0, numel),) if numel else ()
+    return Layout(segments, (index,), tuple(groups))
+
+
+def _clone(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
+    """ZeRO 0 in half precision: float32 clones, in the order and the shapes of the parameters."""
+    trained = [(i, o) for i, o in candidates if o.parameter.requires_grad]
+    if position < len(trained) and trained[position][1].shape == tuple(tensor.shape):
+        return replace(whole(trained[position][0], tensor), cloned=True)
+    return None
+
+
+# In this order: DeepSpeed's marks on the parameters say more than a tensor's shape.
+_RESOLVERS: tuple[Callable[[Tensor, int, Candidates], Layout | None], ...] = (
+    _same,
+    _dtensor,
+    _zero3,
+    _zero12,
+    _clone,
+)
+
+
+def resolve(tensor: Tensor, position: int, candidates: Candidates) -> Layout:
+    """Layout of an optimizer's tensor.
+
+    Args:
+        tensor: number `position` of a parameter group.
+        candidates: the parameters that the user had put into that group.
+
+    Raises:
+        ValueError: the sharding is not one that is known here.
+    """
+    for resolver in _RESOLVERS:
+        layout = resolver(tensor, position, candidates)
+        if layout is None:
+            continue
+        masters = layout.groups and not is_dtensor(tensor)
+        if masters and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"DeepSpeed's master weights are {tensor.dtype}: MARS needs float32 ones; switch "
+                "bf16_master_weights_and_grads and fp16_master_weights_and_grads off"
+            )
+        return layout
+    raise ValueError(
+        f"MARS cannot tell which parameters the tensor of shape {tuple(tensor.shape)} holds. "
+        "Known shardings are ZeRO 0 to 3, BF16_Optimizer and FSDP2 (fully_shard). FSDP1 flattens "
+        "parameters and forgets their borders: use fully_shard. ZenFlow and SuperOffload call "
+        "DeepSpeed's CPUAdam: switch them off."
+    )
