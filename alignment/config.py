@@ -13,6 +13,7 @@ from typing import Literal
 
 from sparring.launch.config import Config, at, config
 from sparring.launch.stages import LaunchConfig
+from sparring.optimizers import OptimizerConfig
 
 Schedule = float | tuple[float, ...]
 
@@ -158,18 +159,10 @@ class TrainConfig:
     """β = 1/η: DPO's and IPO's β, SPIN's λ, SPPO's 1/η. SPPO's paper: η = 1e3."""
     link: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """SPIN's ℓ."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """The papers use RMSprop."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Section [train.optimizer]."""
     lr: Schedule = 5e-7
     """Peak learning rate. The papers' 5e-7 is for 7B models; 2e-5 suits SmolLM2-135M."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: float = 0.95
-    """AdamW's decay of the second moment."""
-    smoothing: float = 0.99
-    """RMSprop's decay of the squared gradient."""
-    weight_decay: float = 0.0
-    """AdamW's, decoupled; on matrices only."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning rate after the warm-up."""
     warmup: float = 0.1
@@ -209,7 +202,7 @@ class TrainConfig:
         for name in ("beta", "lr", "epochs"):
             for value in _values(f"train.{name}", getattr(self, name)):
                 _positive(f"train.{name}", value)
-        for name in ("clip", "lora_rank", "save_every", "weight_decay", "schedule_epochs"):
+        for name in ("clip", "lora_rank", "save_every", "schedule_epochs"):
             _within(f"train.{name}", getattr(self, name), 0, math.inf)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup is a share from 0 to below 1, not {self.warmup}")

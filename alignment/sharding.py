@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparring.alignment.config import TrainConfig
 from sparring.launch import artifacts
 from sparring.launch.processes import World, free_port
+from sparring.optimizers.deepspeed import take_moments
 
 
 def zero_stage(config: TrainConfig, world: World) -> int | None:
@@ -68,19 +69,47 @@ class Sharding:
             group["lr"] = lr
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """Add a micro-batch's gradients."""
+        if self.stage is None:
+            self.accelerator.backward(loss)
+            return
+        # accelerate's backward would also step, and exact MARS has two kinds of steps.
+        boundary = self.accelerator.sync_gradients
+        self._engine.set_gradient_accumulation_boundary(is_boundary=boundary)
+        self._engine.backward(loss)
 
     def step(self) -> float:
         """Clip and step after the last micro-batch; returns the gradient norm before clipping."""
-        norm = None
         if self.stage is None:
-            limit = self._clip or float("inf")
-            assert self._model is not None
-            norm = self.accelerator.clip_grad_norm_(self._model.parameters(), limit)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        if norm is None:
-            norm = self._model.get_global_grad_norm()  # type: ignore[union-attr, operator]
+            norm = self._clip_gradients()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            return norm
+        self._engine.step()
+        return self._engine_norm()
+
+    def take_moments(self) -> float:
+        """MARS's exact mode: clip and take the gradient in, without an update of the weights."""
+        if self.stage is None:
+            norm = self._clip_gradients()
+            with self._optimizer.optimizer.moments():
+                self._optimizer.step()
+            self._optimizer.zero_grad()
+            return norm
+        take_moments(self._engine)
+        return self._engine_norm()
+
+    @property
+    def _engine(self) -> Any:
+        return self._model
+
+    def _clip_gradients(self) -> float:
+        assert self._model is not None
+        limit = self._clip or float("inf")
+        return float(self.accelerator.clip_grad_norm_(self._model.parameters(), limit))
+
+    def _engine_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def sum(self, values: list[float]) -> list[float]:
@@ -157,7 +186,7 @@ def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -
     return DeepSpeedPlugin(
         hf_ds_config={
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
+            "zero_allow_untested_optimizer": True,  # RMSprop
             "zero_force_ds_cpu_optimizer": False,
             "train_micro_batch_size_per_gpu": config.micro_batch,
             "gradient_accumulation_steps": micro_batches,

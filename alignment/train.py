@@ -89,23 +89,43 @@ class Trainer:
         self.tied = tied_names(policy)
         scored = ScoredPolicy(policy, logits_chunk=config.logits_chunk)
         optimizer = build_optimizer(
-            config.optimizer,
-            scored.parameters(),
-            lr=learning_rate(config, 0, 1),
-            beta1=config.beta1,
-            beta2=config.smoothing if config.optimizer == "rmsprop" else config.beta2,
-            weight_decay=config.weight_decay,
+            config.optimizer, scored.named_parameters(), lr=learning_rate(config, 0, 1)
         )
         self.policy = self.sharding.prepare(scored, optimizer)
         self.algorithm = algorithm(config.algorithm)
         self.loss = load(self.algorithm.loss)
 
-    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
-        """One optimizer step over a global batch; returns its figures, summed over ranks."""
+    def step(self, rows: Sequence[int], lr: float, *, pending: bool = False) -> dict[str, float]:
+        """One optimizer step over a global batch; returns its figures, summed over ranks.
+
+        Args:
+            pending: MARS's exact mode has an update to make first, with these rows' gradient at
+                the weights before it.
+        """
+        self.sharding.set_lr(lr)
+        exact = self.config.optimizer.exact
+        if exact and pending:
+            self.finish(rows)
+        totals = self._gradients(rows)
+        norm = self.sharding.take_moments() if exact else self.sharding.step()
+        summed = dict(zip(_SUMS, self.sharding.sum(list(totals.values())), strict=True))
+        count = summed.pop("pairs")
+        text = summed.pop("tokens")
+        means = {name: value / count for name, value in summed.items()}
+        if not math.isfinite(means["loss"]):
+            raise SparringError(f"the loss became {means['loss']}; lower train.lr or train.clip")
+        return {**means, "tokens": text, "lr": lr, "grad_norm": norm}
+
+    def finish(self, rows: Sequence[int]) -> None:
+        """Make the update that exact mode still owes; any rows do after the last batch."""
+        self._gradients(rows)
+        self.sharding.step()
+
+    def _gradients(self, rows: Sequence[int]) -> dict[str, float]:
+        """Accumulate a global batch's gradients; returns this rank's sums."""
         world, accelerator = self.context.world, self.sharding.accelerator
         mine = sorted(rows[world.rank :: world.size], key=self._length)
         totals = dict.fromkeys(_SUMS, 0.0)
-        self.sharding.set_lr(lr)
         for number in range(self.micro_batches):
             size = self.config.micro_batch
             micro = mine[number * size : (number + 1) * size]
@@ -115,18 +135,10 @@ class Trainer:
             with accelerator.accumulate(self.policy):
                 loss, sums = self._forward(micro or [rows[0]])
                 self.sharding.backward(loss * weight)
-                if accelerator.sync_gradients:
-                    norm = self.sharding.step()
             if micro:
                 for name, value in sums.items():
                     totals[name] += value
-        summed = dict(zip(_SUMS, self.sharding.sum(list(totals.values())), strict=True))
-        count = summed.pop("pairs")
-        text = summed.pop("tokens")
-        means = {name: value / count for name, value in summed.items()}
-        if not math.isfinite(means["loss"]):
-            raise SparringError(f"the loss became {means['loss']}; lower train.lr or train.clip")
-        return {**means, "tokens": text, "lr": lr, "grad_norm": norm}
+        return totals
 
     def _length(self, row: int) -> int:
         pair = self.pairs[row]
@@ -233,7 +245,8 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
     started, tokens_seen = time.time(), 0.0
     row: dict[str, float] = {}
     for number in range(done, len(plan)):
-        row = trainer.step(plan[number], learning_rate(config, number, total))
+        lr = learning_rate(config, number, total)
+        row = trainer.step(plan[number], lr, pending=number > 0)
         if metrics:
             metrics.write(step=number, **row)
             context.emit(done=number + 1, total=len(plan), unit="steps")
@@ -249,6 +262,8 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
             )
         tokens_seen += row["tokens"]
         _checkpoint(trainer, number + 1, len(plan))
+    if config.optimizer.exact and plan:
+        trainer.finish(plan[-1])
     seconds = time.time() - started
     _save(trainer, inputs["model"], output)
     if metrics:

@@ -6,7 +6,7 @@ torch's own does both at once; MARS's exact mode makes the update later than the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ class Settings(NamedTuple):
 
 
 def adamw_moments(
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     settings: Settings,
 ) -> None:
     """m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; with amsgrad the largest v."""
@@ -40,9 +40,9 @@ def adamw_moments(
 
 
 def adamw_apply(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     steps: Sequence[float] | Sequence[Tensor],
     settings: Settings,
 ) -> None:
@@ -53,13 +53,13 @@ def adamw_apply(
     if not params:
         return
     lr, beta1, beta2, weight_decay, eps = settings
-    scale1 = [-lr / (1 - beta1**step) for step in steps]
-    scale2 = [(1 - beta2**step) ** 0.5 for step in steps]
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    scale1: list[Any] = [-lr / (1 - beta1**step) for step in steps]
+    scale2: list[Any] = [(1 - beta2**step) ** 0.5 for step in steps]
+    denominators = list(torch._foreach_sqrt(exp_avg_sqs))
     torch._foreach_div_(denominators, scale2)
     torch._foreach_add_(denominators, eps)
-    updates = torch._foreach_div(exp_avgs, denominators)
+    updates = list(torch._foreach_div(exp_avgs, denominators))
     torch._foreach_mul_(updates, scale1)
     if weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_mul_(params, cast(float, 1 - lr * weight_decay))
     torch._foreach_add_(params, updates)

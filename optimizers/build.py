@@ -1,4 +1,4 @@
-"""From a name in a recipe to an optimizer."""
+"""From an optimizer's section in a recipe to the optimizer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparring.optimizers.config import OptimizerConfig
+from sparring.optimizers.mars import MARS
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+
+def _decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
     """Weight decay for matrices only, by the shape the tensor has outside its ZeRO shard."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
+    matrices: list[tuple[str, nn.Parameter]] = []
+    vectors: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (matrices if len(shape) >= 2 else vectors).append(parameter)
+            (matrices if len(shape) >= 2 else vectors).append((name, parameter))
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -25,30 +30,39 @@ def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> li
 
 
 def build_optimizer(
-    name: str,
-    parameters: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    weight_decay: float = 0.0,
+    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters.
 
     Args:
-        name: "adamw" or "rmsprop".
-        parameters: those without `requires_grad` are left out.
-        beta2: AdamW's second-moment decay; RMSprop's smoothing constant.
-        weight_decay: decoupled for AdamW; matrices only.
+        parameters: `model.named_parameters()`; those without `requires_grad` are left out.
+        lr: learning rate to start with.
 
     Raises:
-        ValueError: unknown name, or nothing to train.
+        ValueError: nothing to train.
     """
-    groups = _decay_groups(parameters, weight_decay)
+    groups = _decay_groups(parameters, config.weight_decay)
     if not groups:
         raise ValueError("no parameter is trainable")
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2))
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=lr, alpha=beta2)
-    raise ValueError(f"unknown optimizer {name!r}; known are adamw, rmsprop")
+
+    def either(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    if config.name == "rmsprop":
+        alpha = either(config.beta2, 0.99)
+        return torch.optim.RMSprop(groups, lr=lr, alpha=alpha, eps=config.eps)
+    if config.name == "adamw":
+        betas = either(config.beta1, 0.9), either(config.beta2, 0.95)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps)
+    return MARS(
+        groups,
+        lr=lr,
+        betas=(either(config.beta1, 0.95), either(config.beta2, 0.99)),
+        eps=config.eps,
+        gamma=config.gamma,
+        variant=config.variant,
+        exact=config.exact,
+        optimize_1d=config.optimize_1d,
+        lr_1d=lr * config.lr_1d_factor,
+        clip_c=config.clip_c,
+    )

@@ -148,7 +148,8 @@ def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | N
         return None
     segments = []
     for index, original in mapped:
-        mapping: Any = original.parameter._hp_mapping
+        parameter: Any = original.parameter
+        mapping = parameter._hp_mapping
         if mapping is None:  # no part of it on this rank
             continue
         storage = None if mapping.hp_fragment is None else mapping.hp_fragment.untyped_storage()

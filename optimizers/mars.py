@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparring.optimizers.adamw import Settings, adamw_apply, adamw_moments
+from sparring.optimizers.chunked import NormCache, chunked_mars_adamw
 from sparring.optimizers.layouts import (
     KINDS,
     Kind,
@@ -232,6 +234,10 @@ class MARS(Optimizer):
         _check(defaults)
         self._begin()
         super().__init__(params, defaults)
+        if "accelerate" in sys.modules:
+            from sparring.optimizers.deepspeed import guard_accelerate
+
+            guard_accelerate()
 
     def _begin(self) -> None:
         """Everything that is not saved."""
@@ -242,6 +248,7 @@ class MARS(Optimizer):
         self._size: list[int] = []
         self._layouts: dict[Tensor, Layout] = {}
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
+        self._norm_cache = NormCache()
         self._in_moments = False
         self._moments_entered = 0
         self._stepped_at: dict[Tensor, int] = {}
@@ -394,11 +401,15 @@ class MARS(Optimizer):
         exact = any(part.group["exact"] for part in parts)
         taking, applying = not exact or self._in_moments, not self._in_moments
         batches = [batch for part in parts for batch in part.batches]
+        whole_step = taking and applying
         if taking:
-            self._correct(parts)
+            self._correct(parts, leave_out=self._can_chunk if whole_step else None)
         for part in parts:
             for batch in part.batches:
-                if taking and applying and self._can_fuse(batch):
+                if whole_step and self._can_chunk(batch):
+                    self._chunked(batch)
+                    continue
+                if whole_step and self._can_fuse(batch):
                     self._fused_adamw(batch)
                     continue
                 if taking:
@@ -408,7 +419,8 @@ class MARS(Optimizer):
             if applying:
                 self._apply_shampoo(part)
         for batch in batches:
-            if applying and batch.last_grads and batch.grads:
+            chunked = whole_step and self._can_chunk(batch)  # did this chunk by chunk
+            if applying and not chunked and batch.last_grads and batch.grads:
                 torch._foreach_copy_(batch.last_grads, batch.grads)
             for parameter, copy in batch.low_precision:
                 parameter.copy_(copy)
@@ -500,7 +512,13 @@ class MARS(Optimizer):
             part.layouts.append(layout)
             for number, segment in enumerate(layout.segments):
                 rule = rule_of(self._originals[segment.index].kind, group)
-                key = (rule, tensor.dtype, tensor.device, grad is None, lr if due else None)
+                key: tuple[Any, ...] = (
+                    rule,
+                    tensor.dtype,
+                    tensor.device,
+                    grad is None,
+                    lr if due else None,
+                )
                 if group["foreach"] is False:
                     key = (*key, position, number)
                 if key not in batches:
@@ -513,7 +531,7 @@ class MARS(Optimizer):
         number = group["mars_group"]
         first = self._first[number]
         if position < self._size[number]:
-            index = first + position
+            index: int = first + position
             if self._originals[index].parameter is tensor and not is_dtensor(tensor):
                 return self._trivial[index]
         if tensor not in self._layouts:
@@ -566,12 +584,12 @@ class MARS(Optimizer):
 
     # Correction, moments, update.
 
-    def _correct(self, parts: Sequence[_Part]) -> None:
+    def _correct(self, parts: Sequence[_Part], leave_out: Callable[[_Batch], bool] | None) -> None:
         """c, in the memory of `last_grad`, scaled to a norm of at most 1 a parameter."""
         clipped: list[_Batch] = []
         for part in parts:
             for batch in part.batches:
-                if batch.rule == "AdamW":
+                if batch.rule == "AdamW" or (leave_out is not None and leave_out(batch)):
                     continue
                 kappa = correction_coefficient(part.group["gamma"], batch.settings.beta1)
                 correct_(batch.last_grads, batch.grads, kappa)
@@ -700,6 +718,33 @@ class MARS(Optimizer):
         return batch.steps[0].device == batch.params[0].device and all(
             t.dtype in (torch.float32, torch.float64) and t.dtype == batch.exp_avgs[0].dtype
             for t in tensors
+        )
+
+    def _can_chunk(self, batch: _Batch) -> bool:
+        """Whether the correction can go through the cache together with the fused update."""
+        return (
+            batch.rule == "MARS-AdamW"
+            and not torch.compiler.is_compiling()
+            and batch.params[0].device.type == "cpu"
+            and self._can_fuse(batch)
+            and all(layout.whole for layout in batch.layouts)
+            and all(t.is_contiguous() for t in (*batch.params, *batch.grads, *batch.exp_avgs))
+        )
+
+    def _chunked(self, batch: _Batch) -> None:
+        group = batch.group
+        chunked_mars_adamw(
+            batch.params,
+            batch.grads,
+            batch.last_grads,
+            batch.exp_avgs,
+            batch.exp_avg_sqs,
+            batch.max_exp_avg_sqs,
+            batch.steps,
+            batch.settings,
+            coefficient=correction_coefficient(group["gamma"], batch.settings.beta1),
+            clip=group["clip_c"],
+            norms=self._norm_cache,
         )
 
     def _fused_adamw(self, batch: _Batch) -> None:

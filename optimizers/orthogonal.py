@@ -39,7 +39,9 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return (x.T if tall else x).to(matrix.dtype)
+    if tall:
+        x = x.T
+    return x.to(matrix.dtype)
 
 
 def svd_factor(matrix: Tensor, steps: int = 0) -> Tensor:
@@ -47,7 +49,8 @@ def svd_factor(matrix: Tensor, steps: int = 0) -> Tensor:
     u, _, vh = torch.linalg.svd(
         matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False
     )
-    return (u @ vh).to(matrix.dtype)
+    factor: Tensor = u @ vh
+    return factor.to(matrix.dtype)
 
 
 ORTHOGONALISERS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -60,7 +63,8 @@ def orthogonalise(momentum: Tensor, method: str, steps: int) -> Tensor:
     """sqrt(max(1, rows / columns)) times the orthogonal factor; more dimensions are columns."""
     matrix = momentum.reshape(momentum.size(0), -1)
     factor = ORTHOGONALISERS[method](matrix, steps)
-    return factor.mul_(math.sqrt(max(1.0, matrix.size(0) / matrix.size(1)))).view_as(momentum)
+    factor *= math.sqrt(max(1.0, matrix.size(0) / matrix.size(1)))
+    return factor.view_as(momentum)
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class MatrixExchange:
             if self._owner[i] == self._rank
         }
         arrived = [entry for row in coming for entry in row]
-        chunks = received.split([part.numel for _, part in arrived]) if arrived else ()
+        chunks = torch.split(received, [part.numel for _, part in arrived]) if arrived else ()
         for (i, part), chunk in zip(arrived, chunks, strict=True):
             whole[i][part.start : part.start + part.numel] = chunk
         for i, matrix in whole.items():
@@ -217,7 +221,7 @@ class MatrixExchange:
         returned = torch.empty_like(send)
         dist.all_to_all_single(returned, back, send_sizes, receive_sizes, group=self._group)
         sent = [i for row in going for i in row]
-        parts = returned.split([pieces[i].numel() for i in sent]) if sent else ()
+        parts = torch.split(returned, [pieces[i].numel() for i in sent]) if sent else ()
         return dict(zip(sent, parts, strict=True))
 
 

@@ -26,6 +26,7 @@ _TYPES = {
     "bool": "true or false",
     "Schedule": "number, or one an iteration",
     "bool | None": "true or false",
+    "float | None": "number",
     "tuple[str, ...]": "list of texts",
     "dict[str, str]": "table of texts",
     "dict[str, str | bool | int | float]": "table",
@@ -84,9 +85,22 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def sections() -> list[tuple[str, type]]:
     """Every table of a recipe: its name (empty for the top) and its class."""
-    hints = get_type_hints(Recipe)
-    nested = [(name, cls) for name, cls in hints.items() if dataclasses.is_dataclass(cls)]
-    return [("", Recipe), *nested]
+    found = [("", Recipe)]
+    for name, cls in found:  # grows while it is read
+        for key, inner in get_type_hints(cls).items():
+            if dataclasses.is_dataclass(inner):
+                found.append((f"{name}.{key}".removeprefix("."), inner))  # type: ignore[arg-type]
+    return sorted(found, key=lambda entry: _place(entry[0]))
+
+
+def _place(name: str) -> tuple[int, ...]:
+    """Where a table stands in the recipe: a nested one behind the one that holds it."""
+    cls: Any = Recipe
+    place = []
+    for part in filter(None, name.split(".")):
+        place.append([field.name for field in dataclasses.fields(cls)].index(part))
+        cls = get_type_hints(cls)[part]
+    return tuple(place)
 
 
 def render() -> str:

@@ -85,6 +85,18 @@ def test_two_ranks_with_zero_give_one_process_s_weights(
 
 
 @pytest.mark.dist
+def test_exact_mars_on_two_ranks_gives_one_process_s_weights(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    mars = ("--optimizer.name", "mars", "--optimizer.exact", "True")
+    one = train(tiny_model, pairs, tmp_path / "one", *mars)
+    ranks = ("--launch.processes", "2", "--micro-batch", "2", "--zero", "2")
+    two = train(tiny_model, pairs, tmp_path / "two", *mars, *ranks)
+    assert largest_difference(one, tiny_model) > 1e-3
+    assert largest_difference(one, two) < 1e-5
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 def test_lora_under_zero_3_gives_one_process_s_merged_weights(
     tiny_model: Path, pairs: Path, tmp_path: Path

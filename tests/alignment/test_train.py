@@ -23,6 +23,7 @@ from sparring.launch.metrics import read_metrics
 from sparring.launch.processes import World
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context
+from sparring.optimizers import OptimizerConfig
 
 BASE: dict[str, Any] = {
     "beta": 0.01,
@@ -330,10 +331,19 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(left, True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(name="adamw"),
+        OptimizerConfig(name="rmsprop"),
+        OptimizerConfig(name="mars"),
+        OptimizerConfig(name="mars", variant="shampoo", exact=True),
+    ],
+    ids=["adamw", "rmsprop", "mars", "mars-shampoo-exact"],
+)
 @pytest.mark.parametrize("save_every", [0, 2])
 def test_stop_and_resume_give_the_bits_of_an_uninterrupted_run(
-    new_run: Callable[..., Run], optimizer: str, save_every: int
+    new_run: Callable[..., Run], optimizer: OptimizerConfig, save_every: int
 ) -> None:
     options = {"epochs": 3, "optimizer": optimizer, "schedule": "linear", "batch": 5}
     whole = new_run("whole", save_every=save_every, **options)
@@ -351,6 +361,20 @@ def test_stop_and_resume_give_the_bits_of_an_uninterrupted_run(
     assert done == list(range(1, total + 1)), "no step is repeated"
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (cut.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_exact_mars_equals_approximate_mars_on_a_fixed_batch(new_run: Callable[..., Run]) -> None:
+    """Every step sees all pairs: the last gradient is the present batch's at the last weights."""
+    options = {"epochs": 4, "batch": 1000, "lr": 1e-2, "clip": 0.0}
+    runs = {
+        exact: new_run(f"{exact}", optimizer=OptimizerConfig(name="mars", exact=exact), **options)
+        for exact in (False, True)
+    }
+    assert all(run()["steps"] == 4 for run in runs.values())
+    assert largest_difference(runs[False].weights, runs[True].weights) < 1e-6
+    adamw = new_run("adamw", optimizer=OptimizerConfig(beta1=0.95, beta2=0.99), **options)
+    adamw()
+    assert largest_difference(runs[False].weights, adamw.weights) > 1e-4
 
 
 def test_a_half_written_checkpoint_is_not_loaded(new_run: Callable[..., Run]) -> None:

@@ -1,6 +1,6 @@
-"""A rank of the DeepSpeed checks: `zero_worker.py OUT CASES`, with RANK and so on in the environment.
+"""A rank of the DeepSpeed checks: `zero_worker.py OUT CASES`, RANK etc. in the environment.
 
-Every case trains a few steps under DeepSpeed and prints how far the weights are from plain torch in
+Every case trains a few steps under DeepSpeed and writes how far the weights are from plain torch in
 one process. Gradients are given, in numbers of few bits: sums over ranks and micro-batches are then
 exact in bfloat16 too, and any difference is the optimizer's.
 """
@@ -21,8 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-SHAPES = {"a": (5, 7), "b": (11,), "c": (9, 3), "embed": (6, 5), "d": (3, 8), "e": (2,), "f": (2, 2)}
+from sparring.optimizers import MARS
+from sparring.optimizers.deepspeed import register_deepspeed, take_moments, unwrap
+
+SHAPES = {
+    "a": (5, 7),
+    "b": (11,),
+    "c": (9, 3),
+    "embed": (6, 5),
+    "d": (3, 8),
+    "e": (2,),
+    "f": (2, 2),
+}
 STEPS = 8
+PREVIOUS = 50
+"""Exact mode's gradients at the previous weights are those of a step 50 later."""
 
 
 def draw(shape: tuple[int, ...], seed: int, most: int = 7) -> Tensor:
@@ -52,6 +65,7 @@ class Model(nn.Module):
         super().__init__()
         for number, (name, shape) in enumerate(SHAPES.items()):
             self.register_parameter(name, nn.Parameter(draw(shape, number)))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
 
     def forward(self, step: Tensor, part: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
@@ -63,118 +77,163 @@ class Model(nn.Module):
         return total
 
 
-def plain(options: dict[str, Any], clip: float, dtype: torch.dtype) -> dict[str, Tensor]:
+def plain(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """The same training in one process, in float32."""
-    from sparring.optimizers import MARS
-
+    options, clip = case["options"], case["clip"]
     model = Model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype).float())
-    optimizer = MARS(groups(model), **options)
-    for step in range(STEPS):
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = given(step, number, tuple(parameter.shape))
+    optimizer = MARS(groups(model) if not case.get("by_name") else trained(model), **options)
+
+    def put_gradients(step: int) -> None:
+        for number, name in enumerate(SHAPES):
+            getattr(model, name).grad = given(step, number, SHAPES[name])
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+
+    for step in range(STEPS):
+        if step == case.get("overflow"):
+            continue
         if options.get("exact"):
             if step:
+                put_gradients(step + PREVIOUS)
                 optimizer.step()
+            put_gradients(step)
             with optimizer.moments():
                 optimizer.step()
         else:
+            put_gradients(step)
             optimizer.step()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: getattr(model, name).detach() for name in SHAPES}
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [getattr(model, name) for name in SHAPES]
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, both of mixed kinds: a flat partition then holds matrices and vectors."""
-    named = list(model.named_parameters())
-    first, second = named[:4], named[4:]
-    return [{"params": first, "weight_decay": 0.1}, {"params": second, "weight_decay": 0.0}]
+    """Groups of mixed kinds, so that a flat partition holds matrices and vectors; the last is
+    smaller than three ranks."""
+    named = [(name, getattr(model, name)) for name in SHAPES]
+    parts = (named[:4], 0.1), (named[4:6], 0.0), (named[6:], 0.0)
+    return [{"params": part, "weight_decay": decay} for part, decay in parts]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    from sparring.optimizers import MARS
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    stage, micro = case["stage"], case["accumulation"]
-    dtype = torch.float32 if case["precision"] == "fp32" else torch.bfloat16
-    zero: dict[str, Any] = {"stage": stage}
+def configuration(case: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": case["stage"]}
     if case["offload"]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if stage == 3:
+    if case["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0
         zero["sub_group_size"] = 60  # several sub-groups: a call of step() each
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro,
+        "gradient_accumulation_steps": case["accumulation"],
         "gradient_clipping": case["clip"],
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    if dtype == torch.bfloat16:
+    if case["precision"].startswith("bf16"):
         config["bf16"] = {"enabled": True}
-        if case["precision"] == "bf16+fp32":
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if case.get("zero_init"):
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = Model()
-    else:
-        model = Model()
-    options = case["options"]
-    optimizer = MARS(groups(model), **options)
-    engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if case["precision"] == "bf16+fp32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "overflow" in case:  # fp16, which always looks for overflows, does not run on a CPU
+        config["bf16"]["check_grad_overflow"] = True
+    if case.get("by_name"):
+        config["optimizer"] = {"type": "MARS", "params": case["options"]}
+    return config
 
-    def backward(step: int, then: Callable[[], None]) -> None:
+
+class Training:
+    """An engine and what the checks do with it."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.case = case
+        config = configuration(case)
+        if case.get("zero_init"):
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                self.model = Model()
+        else:
+            self.model = Model()
+        if case.get("by_name"):
+            optimizer, parameters = None, trained(self.model)
+        else:
+            optimizer, parameters = MARS(groups(self.model), **case["options"]), None
+        self.engine, self.wrapped, _, _ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, model_parameters=parameters, config=config
+        )
+        self.mars = unwrap(self.engine)
+
+    def backward(self, step: int, then: Callable[[], None]) -> None:
+        rank, world, micro = dist.get_rank(), dist.get_world_size(), self.case["accumulation"]
         for number in range(micro):
             # These parts sum to zero over ranks and micro-batches.
             part = rank * micro + number - (world * micro - 1) / 2
-            engine.set_gradient_accumulation_boundary(number == micro - 1)
-            engine.backward(engine(torch.tensor(step), torch.tensor(part)))
+            if step == self.case.get("overflow"):
+                part = float("inf")
+            self.engine.set_gradient_accumulation_boundary(number == micro - 1)
+            self.engine.backward(self.engine(torch.tensor(step), torch.tensor(part)))
             if number == micro - 1:
                 then()
 
-    def take_moments() -> None:
-        with optimizer.moments():
-            engine.optimizer.step()
-        engine.optimizer.zero_grad()
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            if not self.case["options"].get("exact"):
+                self.backward(step, self.engine.step)
+                continue
+            if step:
+                self.backward(step + PREVIOUS, self.engine.step)
+            self.backward(step, lambda: take_moments(self.engine))
 
-    for step in range(STEPS):
-        if not options.get("exact") or step:
-            backward(step, engine.step)
-        if options.get("exact"):
-            backward(step, take_moments)
-    expected = plain(options, case["clip"], dtype)
-    start = Model()
-    worst = moved = 0.0
-    masters: dict[str, Tensor] = {}
-    if stage == 0 and dtype == torch.bfloat16 and hasattr(wrapped, "fp32_groups"):
-        masters = dict(
-            zip(SHAPES, (p for group in wrapped.fp32_groups for p in group), strict=True)
-        )
-    for name, parameter in model.named_parameters():
-        value = masters.get(name)
-        if value is None:
-            value = (
-                parameter
-                if stage == 0 and dtype == torch.float32
-                else safe_get_full_fp32_param(parameter)
-            )
-        worst = max(worst, float((value.detach().float() - expected[name]).abs().max()))
-        moved = max(moved, float((expected[name] - getattr(start, name)).abs().max()))
+    def weights(self) -> dict[str, Tensor]:
+        """Float32 weights, from DeepSpeed's masters where it has any."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        case = self.case
+        if case["stage"] == 0 and case["precision"] == "fp32":
+            found = {name: getattr(self.model, name) for name in SHAPES}
+        elif case["stage"] == 0:
+            masters = [p for group in self.wrapped.fp32_groups for p in group]
+            found = dict(zip(SHAPES, masters, strict=True))
+        else:
+            found = {name: safe_get_full_fp32_param(getattr(self.model, name)) for name in SHAPES}
+        return {name: value.detach().float().clone() for name, value in found.items()}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in SHAPES)
+
+
+def run(case: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    dtype = torch.float32 if case["precision"] == "fp32" else torch.bfloat16
+    training = Training(case)
+    if case.get("resume"):
+        folder = str(scratch / f"{case['stage']}-{case['precision']}-{case['resume']}")
+        training.train(0, STEPS // 2)
+        training.engine.save_checkpoint(folder)
+        training.engine.destroy()
+        training = Training(case)
+        training.engine.load_checkpoint(folder)
+        training.train(STEPS // 2, STEPS)
+    else:
+        training.train(0, STEPS)
+    found, expected = training.weights(), plain(case, dtype)
     facts = {
-        "wrapper": type(wrapped).__name__,
-        "updates": dict(optimizer.updates),
-        "max_abs_diff": worst,
-        "moved": moved,
+        "wrapper": type(training.wrapped).__name__,
+        "updates": dict(training.mars.updates),
+        "max_abs_diff": difference(found, expected),
+        "moved": difference(expected, {name: getattr(Model(), name) for name in SHAPES}),
     }
-    engine.destroy()
+    if case.get("resume"):
+        whole = Training(case)
+        whole.train(0, STEPS)
+        facts["resumed_diff"] = difference(found, whole.weights())
+        whole.engine.destroy()
+    training.engine.destroy()
     return facts
 
 
@@ -186,10 +245,11 @@ def main() -> None:
     # Compiling it takes minutes, and leaves a stale lock when killed; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
+    register_deepspeed()
     results = []
     for case in cases:
         try:
-            results.append(run(case))
+            results.append(run(case, out.parent))
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
     gathered: list[Any] = [None] * dist.get_world_size()
