@@ -360,9 +360,10 @@ class MARS(Optimizer):
 
         Clip before both steps. A batch is sampled once and dropout must repeat its mask, or the
         two gradients are of two functions. With DeepSpeed the inner step is
-        `engine.optimizer.step()`, which leaves the engine's counters and the schedule alone; a last
-        update there needs a gradient of any batch and `engine.step()`. The update uses the learning
-        rate that its moments saw. One buffer more than AdamW, as in approximate mode.
+        `engine.optimizer.step()`, which leaves the engine's counters and the schedule alone
+        (`sparring.optimizers.deepspeed.take_moments`); a last update there needs a gradient of any
+        batch. The update uses the learning rate that its moments saw. One buffer more than AdamW,
+        as in approximate mode.
 
         Raises:
             RuntimeError: the optimizer is not in exact mode.
@@ -375,6 +376,16 @@ class MARS(Optimizer):
             yield
         finally:
             self._in_moments = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether exact mode has moments whose update is still to be made."""
+        return any(state.get("pending_lr") is not None for state in self.state.values())
+
+    def drop_pending(self) -> None:
+        """Forget that update, because other weights were loaded."""
+        for state in self.state.values():
+            state["pending_lr"] = None
 
     # The step.
 

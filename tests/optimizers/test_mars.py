@@ -562,6 +562,19 @@ def test_exact_mode_uses_the_learning_rate_of_the_moments() -> None:
     assert difference(early, late) == 0
 
 
+def test_a_pending_update_can_be_dropped() -> None:
+    params, stream = parameters(), gradients(1)
+    optimizer = MARS(params, exact=True)
+    with optimizer.moments():
+        feed(optimizer, params, stream[0])
+    assert optimizer.pending
+    optimizer.drop_pending()
+    assert not optimizer.pending
+    optimizer.zero_grad()
+    optimizer.step()
+    assert difference(params, parameters()) == 0
+
+
 def test_exact_mode_refuses_plain_steps() -> None:
     params, stream = parameters(), gradients(2)
     optimizer = MARS(params, exact=True)

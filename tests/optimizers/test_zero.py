@@ -4,40 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from sparring.launch.processes import free_port
+from launch_ranks import launch
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-
-
-def launch(world: int, cases: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Results by rank and case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    command = [sys.executable, str(WORKER), str(folder / "out.json"), str(folder / "cases.json")]
-    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
-    codes = [process.wait(timeout=900) for process in ranks]
-    for log in logs:
-        log.close()
-    tail = (folder / "rank0.log").read_text()[-3000:]
-    assert codes == [0] * world, tail
-    return json.loads((folder / "out.json").read_text())  # type: ignore[no-any-return]
 
 
 def case(**changes: Any) -> dict[str, Any]:
@@ -93,7 +66,8 @@ def test_every_sharding_equals_one_process(world: int, tmp_path: Path) -> None:
     """Oracles 9, 13, 14; straddling matrices, uneven padding, a group of fewer than W elements."""
     wrong = []
     listed = cases()
-    by_rank = launch(world, listed, tmp_path)
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+    by_rank = launch(WORKER, world, tmp_path, str(tmp_path / "cases.json"))
     for number, tried in enumerate(listed):
         results = [rank[number] for rank in by_rank]
         label = {k: v for k, v in tried.items() if v or k == "stage"}

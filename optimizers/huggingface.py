@@ -1,0 +1,404 @@
+"""MARS in transformers' Trainer and in the trainers of TRL, which descend from it.
+
+trainer = attach_mars(DPOTrainer(...))  # any of them
+Trainer(..., optimizer_cls_and_kwargs=(MARSFactory, {"lr": 3e-4}))  # where it is taken
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from sparring.optimizers.deepspeed import (
+    check_config,
+    guard_accelerate,
+    register_deepspeed,
+    take_moments,
+    unwrap,
+)
+from sparring.optimizers.layouts import KINDS, Kind, describe
+from sparring.optimizers.mars import MARS
+
+# Parameter groups.
+
+
+def mars_groups(
+    model: nn.Module, *, weight_decay: float = 0.0, weight_decay_1d: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model as groups of matrices, vectors and embeddings.
+
+    Kinds are told by the parameters' own shapes, also where `zero.Init` has split them. Embeddings
+    are the tables of `nn.Embedding`, the input embeddings and the output head of a transformers
+    model, and go by their names in any other module. Adapters of PEFT are matrices. A tied weight
+    stands in one group, once.
+
+    Args:
+        weight_decay: of matrices and embeddings.
+        weight_decay_1d: of vectors: biases, norms, convolutions. 0 by default, as Trainer has
+            it, where MARS alone would decay them like matrices.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    tables = _embeddings(model)
+    found: dict[Kind, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_name = describe(parameter, name).kind
+            if tables is not None and by_name != "vector":
+                found["embedding" if parameter in tables else "matrix"].append((name, parameter))
+            else:
+                found[by_name].append((name, parameter))
+    if not any(found.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: set requires_grad, or add adapters"
+        )
+    decays: dict[Kind, dict[str, float | None]] = {
+        "matrix": {"weight_decay": weight_decay},
+        "vector": {"weight_decay": weight_decay_1d, "weight_decay_1d": weight_decay_1d},
+        # Under "shampoo" they are updated like vectors, but decay as a table should.
+        "embedding": {"weight_decay": weight_decay, "weight_decay_1d": None},
+    }
+    return [
+        {"params": params, "kind": kind, **decays[kind]} for kind, params in found.items() if params
+    ]
+
+
+def _embeddings(model: nn.Module) -> set[nn.Parameter] | None:
+    """Tables with a row an item; None if the model does not tell its embeddings."""
+    modules = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
+        if not callable(get):
+            return None
+        with contextlib.suppress(NotImplementedError):  # an image model: it has none
+            modules.append(get())
+    modules = [module for module in modules if isinstance(module, nn.Module)]
+    modules += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables: set[nn.Parameter] = set()
+    for module in modules:
+        # PEFT wraps an embedding or a head together with its adapters, which are smaller.
+        sizes = {p: math.prod(describe(p).shape) for p in module.parameters()}
+        tables |= {p for p, size in sizes.items() if size == max(sizes.values())}
+    return tables
+
+
+def _build(
+    model: nn.Module, *, weight_decay: float = 0.0, weight_decay_1d: float = 0.0, **settings: Any
+) -> MARS:
+    guard_accelerate()
+    groups = mars_groups(model, weight_decay=weight_decay, weight_decay_1d=weight_decay_1d)
+    return MARS(groups, weight_decay=weight_decay, weight_decay_1d=weight_decay_1d, **settings)
+
+
+class MARSFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(MARSFactory, {...}))`.
+
+    The dictionary holds the arguments of `MARS`, with `weight_decay` and `weight_decay_1d` as in
+    `mars_groups`. Trainer adds nothing to it: `lr` and `weight_decay` of `TrainingArguments` do not
+    count, `lr` is MARS's 3e-3 unless it is in there. `attach_mars` takes them over, and checks
+    more.
+    """
+
+    def __call__(self, model: nn.Module, **settings: Any) -> MARS:
+        """Build MARS on a model's trainable parameters.
+
+        Raises:
+            ValueError: an argument out of range, or exact mode.
+        """
+        if settings.get("exact"):
+            raise ValueError(
+                "exact=True needs every batch twice, which Trainer does not do by itself: use "
+                "attach_mars(trainer, exact=True)"
+            )
+        return _build(model, **settings)
+
+
+# Trainers.
+
+
+def attach_mars(trainer: Any, **settings: Any) -> Any:
+    """Make a constructed Trainer, or a trainer of TRL, train with MARS.
+
+    Call it before `train`. Under DeepSpeed MARS is registered, and accelerate's silent exchange of
+    optimizers by CPUAdam is stopped (`register_deepspeed`).
+
+    With `exact=True` every batch is run twice, so that both gradients are of one function: its
+    micro-batches are kept and run again with the same dropout masks, the same clipping and the same
+    accumulation, and neither losses nor tokens are counted twice. Then the weights lag one update
+    behind until the last step, in evaluations and checkpoints too, where the optimizer's state has
+    what is missing: training resumed from a checkpoint continues exactly. The loss and the gradient
+    norm in the logs are those of the first run. Time doubles, memory does not.
+
+    Args:
+        trainer: `transformers.Trainer` or a descendant.
+        settings: arguments of `MARS`, with `weight_decay` and `weight_decay_1d` as in
+            `mars_groups`. Without `lr` and `weight_decay`, `learning_rate` and `weight_decay` of
+            `trainer.args` hold when training begins; adam_beta1, adam_beta2 and adam_epsilon do
+            not, because they are AdamW's.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ValueError: the trainer has an optimizer, a sharding or an offload under which MARS would
+            not be what runs, or an argument is out of range. The trainer is as it was then.
+    """
+    exact = bool(settings.get("exact"))
+    _refuse_other_optimizers(trainer)
+    _refuse_shardings(trainer)
+    if exact:
+        _refuse_exact(trainer)
+    args = trainer.args
+
+    def build(model: nn.Module, **given: Any) -> MARS:
+        # Read as late as this, so that a search over TrainingArguments sees its own values.
+        own = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        return _build(model, **{**own, **given})
+
+    build(nn.Linear(1, 1), **settings)  # arguments out of range are refused here and now
+    if trainer.is_deepspeed_enabled:
+        register_deepspeed()
+    trainer.optimizer_cls_and_kwargs = (lambda: build, settings)
+    trainer.add_callback(_Exact(trainer) if exact else _Proof(trainer))
+    return trainer
+
+
+def _refuse_other_optimizers(trainer: Any) -> None:
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"the trainer already has an optimizer, {type(trainer.optimizer).__name__}: construct "
+            "it without `optimizers`, and call attach_mars before train()"
+        )
+    if trainer.optimizer_cls_and_kwargs is not None:
+        chosen = trainer.optimizer_cls_and_kwargs[0]
+        raise ValueError(
+            "the trainer already has optimizer_cls_and_kwargs, with "
+            f"{getattr(chosen, '__name__', chosen)}: use either that argument or attach_mars"
+        )
+
+
+def _refuse_shardings(trainer: Any) -> None:
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        check_config(state.deepspeed_plugin.deepspeed_config, client_optimizer=True)
+    elif trainer.is_fsdp_enabled:
+        version = getattr(state.fsdp_plugin, "fsdp_version", 1)
+        if version != 2:
+            raise ValueError(
+                f"fsdp_version = {version}: FSDP1 flattens parameters and forgets their borders, "
+                "so that no matrix could be told from a vector; set fsdp_config={'version': 2}"
+            )
+
+
+def _refuse_exact(trainer: Any) -> None:
+    if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:
+        raise ValueError(
+            f"exact=True needs every batch twice, but {type(trainer).__name__} makes its batches "
+            "while it trains (_prepare_inputs), so that the second run would see another batch; "
+            "use exact=False"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"exact=True cannot repeat the dropout of {trainer.args.n_gpu} GPUs in one process "
+            "(DataParallel): start a process a GPU with torchrun, accelerate or deepspeed"
+        )
+    if trainer.is_deepspeed_enabled:
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        if "scheduler" in config:
+            kind = config["scheduler"].get("type")
+            raise ValueError(
+                f'"scheduler" ("{kind}") in the DeepSpeed configuration steps between the two runs '
+                "of a batch in exact mode: remove it and set lr_scheduler_type"
+            )
+
+
+class _Proof(TrainerCallback):  # type: ignore[misc]
+    """Refuses to train when something put another optimizer in MARS's place."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def unwrapped(self) -> MARS:
+        """The trainer's optimizer without its wrappers.
+
+        Raises:
+            ValueError: it is not MARS.
+        """
+        if self.trainer.is_deepspeed_enabled:
+            return unwrap(self.trainer.deepspeed)
+        optimizer = self.trainer.optimizer
+        while not isinstance(optimizer, MARS) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # accelerate's
+        if not isinstance(optimizer, MARS):
+            raise ValueError(
+                f"the trainer trains with {type(optimizer).__name__} although MARS was attached: "
+                f"{type(self.trainer).__name__}.create_optimizer must leave the choice to Trainer"
+            )
+        return optimizer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.unwrapped()
+
+
+@dataclass
+class _MicroBatch:
+    """A call of `training_step`, and the state of the random generators before it."""
+
+    model: Any
+    inputs: Any
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+    boundary: bool
+    """Whether it is the last of its batch, and gradients are reduced over ranks."""
+    randomness: dict[str, Any]
+
+
+class _Exact(_Proof):
+    """Runs every batch a second time, at the weights that its first run has led to.
+
+    Trainer's own step is the half that keeps h and makes the pending update, and the second run
+    gives the moments (`MARS.moments`).
+    """
+
+    # What TRL's trainers count inside training_step.
+    _COUNTED = ("_metrics", "_total_train_tokens", "_stored_metrics")
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self._training_step = trainer.training_step
+        self._batch: list[_MicroBatch] = []
+        self._complete = False
+        trainer.training_step = self._record
+
+    def _record(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        if self._complete:
+            self._batch, self._complete = [], False
+        accelerator = self.trainer.accelerator
+        self._batch.append(
+            _MicroBatch(
+                model=model,
+                inputs=copy.copy(inputs),
+                rest=rest,
+                options=options,
+                boundary=accelerator.sync_gradients,
+                randomness=_randomness(accelerator.device),
+            )
+        )
+        return self._training_step(model, inputs, *rest, **options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        super().on_train_begin(args, state, control)
+        self._batch = []  # an attempt before may have ended within a batch
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The second run of a batch, and the moments from it."""
+        trainer, model = self.trainer, self._batch[-1].model
+        self._complete = True
+        if trainer.is_deepspeed_enabled:
+            engine = trainer.deepspeed
+            with self._engine_step(lambda: take_moments(engine)):
+                self._run_again()
+            return
+        model.zero_grad()
+        self._run_again()
+        if args.max_grad_norm > 0:
+            trainer._clip_grad_norm(model)
+        with self.unwrapped().moments():
+            trainer.optimizer.step()
+        model.zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last update, in time for the last evaluation and checkpoint."""
+        if state.global_step >= state.max_steps:
+            self._last_update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last update of a training that stopped early, unless other weights were loaded."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            for held in self.unwrapped().state.values():
+                held["pending_lr"] = None  # it belongs to the weights that are gone
+        else:
+            self._last_update()
+        self._batch = []
+
+    def _last_update(self) -> None:
+        mars = self.unwrapped()
+        if not mars.pending:
+            return
+        if not self.trainer.is_deepspeed_enabled:
+            mars.zero_grad()
+            mars.step()
+            return
+        engine = self.trainer.deepspeed
+
+        def update() -> None:
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+
+        # ZeRO makes no step without gradients; those of the batch before will do.
+        with self._engine_step(update):
+            self._run_again()
+
+    @contextlib.contextmanager
+    def _engine_step(self, instead: Callable[[], None]) -> Iterator[None]:
+        """accelerate calls `engine.step` within `backward`; let it call something else."""
+        engine = self.trainer.deepspeed
+        engine.step = instead
+        try:
+            yield
+        finally:
+            del engine.step
+
+    def _run_again(self) -> None:
+        """Forward and backward of the micro-batches as before, leaving no other trace."""
+        trainer = self.trainer
+        accelerator = trainer.accelerator
+        after = _randomness(accelerator.device)
+        counted = {name: vars(trainer)[name] for name in self._COUNTED if name in vars(trainer)}
+        vars(trainer).update(copy.deepcopy(counted))
+        plugin = accelerator.gradient_state.plugin_kwargs
+        every = trainer.is_deepspeed_enabled or plugin.get("sync_each_batch", False)
+        try:
+            for micro in self._batch:
+                accelerator.gradient_state._set_sync_gradients(micro.boundary)
+                _restore(micro.randomness)
+                quiet = not (micro.boundary or every)
+                with accelerator.no_sync(micro.model) if quiet else contextlib.nullcontext():
+                    self._training_step(
+                        micro.model, copy.copy(micro.inputs), *micro.rest, **micro.options
+                    )
+        finally:
+            vars(trainer).update(counted)
+            _restore(after)
+
+
+def _randomness(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that a forward pass may draw from."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["device"] = (device, torch.get_device_module(device).get_rng_state(device))
+    return state
+
+
+def _restore(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if "device" in state:
+        device, generator = state["device"]
+        torch.get_device_module(device).set_rng_state(generator, device)
