@@ -6,13 +6,15 @@ Bytes a float32 parameter: fused AdamW reads 16 and writes 12. Here the norm rea
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparring.optimizers.adamw import Settings
 
-_CHUNK = 1 << 16
-"""Elements at a time: five arrays of 256 KB in float32, about a core's cache."""
+_CHUNK = 1 << 18
+"""Elements at a time: a megabyte of corrected gradient. Measured: smaller ones cost in calls."""
 
 
 class NormCache:
@@ -24,11 +26,28 @@ class NormCache:
     def get(self, tensor: Tensor) -> float:
         held = self._found.get(id(tensor))
         if held is None or held[0] is not tensor or held[1] != tensor._version:
-            return float(tensor.norm())
+            return _norm(tensor)
         return held[2]
 
     def put(self, tensor: Tensor, norm: float) -> None:
         self._found[id(tensor)] = (tensor, tensor._version, norm)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Euclidean norm; a dot product is the faster way to it."""
+    flat = tensor.view(-1)
+    return math.sqrt(float(torch.dot(flat, flat)))
+
+
+def _corrected_norm(last: Tensor, grad: Tensor, coefficient: float, buffer: Tensor) -> float:
+    """|c|, without a c of full size."""
+    total = 0.0
+    for h, g in zip(
+        torch.split(last.view(-1), _CHUNK), torch.split(grad.view(-1), _CHUNK), strict=True
+    ):
+        c = torch.lerp(h, g, 1 + coefficient, out=buffer[: g.numel()])
+        total += float(torch.dot(c, c))
+    return math.sqrt(total)
 
 
 def chunked_mars_adamw(
@@ -48,15 +67,14 @@ def chunked_mars_adamw(
     """Correct, clip, update and remember; all tensors contiguous, of one floating type."""
     lr, beta1, beta2, weight_decay, eps = settings
     buffer = torch.empty(_CHUNK, dtype=params[0].dtype)
-    grad_norms = torch.stack(torch._foreach_norm(grads)).tolist() if clip else [0.0] * len(grads)
+    grad_norms = [_norm(grad) if clip else 0.0 for grad in grads]
     for number, (grad, last, grad_norm) in enumerate(
         zip(grads, last_grads, grad_norms, strict=True)
     ):
         factor = 1.0
         # |c| <= (1 + kappa) |g| + kappa |h|: mostly far below one, so there is nothing to clip.
         if clip and (1 + coefficient) * grad_norm + coefficient * norms.get(last) > 0.999:
-            norm = float(torch.lerp(last, grad, 1 + coefficient).norm())
-            factor = 1 / max(1.0, norm)
+            factor = 1 / max(1.0, _corrected_norm(last, grad, coefficient, buffer))
         arrays = [params[number], grad, last, exp_avgs[number], exp_avg_sqs[number]]
         if max_exp_avg_sqs:
             arrays.append(max_exp_avg_sqs[number])

@@ -82,7 +82,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     listed = shapes(arguments.layers, arguments.width, arguments.vocabulary)
-    # One model for all: only the state differs, and the memory of six models would be too much.
+    # One model for all: only the state differs.
     params = [nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in listed]
     size = sum(p.numel() for p in params)
     norm = size**0.5
@@ -90,7 +90,6 @@ def main() -> None:
         parameter.grad = torch.randn_like(parameter) / norm  # as after a global clip at 1
     times: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
     memory: dict[str, float] = {}
-    # State of all optimizers together would not fit a small machine either: two at a time.
     baseline = OPTIMIZERS["AdamW fused"](params)
     ratios: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
     for name, build in OPTIMIZERS.items():

@@ -98,6 +98,20 @@ def test_float32_and_the_fused_kernel_stay_near_the_recursion() -> None:
     assert difference(exact, plain) < 1e-6
 
 
+def test_chunks_and_norms_of_the_last_step_change_nothing(monkeypatch: Any) -> None:
+    from sparring.optimizers import chunked
+
+    plain, small = parameters(), parameters()
+    stream = gradients(12, 0.15)  # the clip binds in some steps and not in others
+    train(plain, stream, fused=False)
+    monkeypatch.setattr(chunked, "_CHUNK", 4)
+    optimizer = train(small, stream[:6])
+    optimizer._norm_cache = chunked.NormCache()  # as after a restart
+    for step in stream[6:]:
+        feed(optimizer, small, step)
+    assert difference(plain, small) < 1e-12
+
+
 def test_without_correction_it_is_adamw_only_while_norms_stay_below_one() -> None:
     """Oracle 1: gamma = 0 leaves the clip of c."""
     for scale, equal in ((0.01, True), (1.0, False)):
