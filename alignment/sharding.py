@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparring.alignment.config import TrainConfig
 from sparring.launch import artifacts
 from sparring.launch.processes import World, free_port
-from sparring.optimizers.deepspeed import take_moments
+from sparring.optimizers.deepspeed import register_deepspeed, take_moments
 
 
 def zero_stage(config: TrainConfig, world: World) -> int | None:
@@ -169,6 +169,7 @@ class Sharding:
 def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -> Any:
     from accelerate import DeepSpeedPlugin
 
+    register_deepspeed()
     # A single rank that asks for ZeRO was not started by a launcher.
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -20,7 +20,8 @@ def register_deepspeed() -> None:
 
     DeepSpeed has no registry: it looks names up in `torch.optim`, and asks for
     `zero_allow_untested_optimizer` unless the class stands in its list of tested ones. This puts
-    MARS into both, and calls `guard_accelerate`. Calling it again changes nothing.
+    MARS into both, has `deepspeed.initialize` refuse what `check_config` refuses, and calls
+    `guard_accelerate`. Calling it again changes nothing.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -30,7 +31,26 @@ def register_deepspeed() -> None:
     torch.optim.MARS = MARS  # type: ignore[attr-defined]
     if MARS not in utils.ZERO_SUPPORTED_OPTIMIZERS:
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(MARS)
+    _check_at_initialize()
     guard_accelerate()
+
+
+def _check_at_initialize() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    original = getattr(DeepSpeedEngine, "_configure_optimizer", None)
+    if original is None or hasattr(original, "checked_for_mars"):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        by_name = client_optimizer is None and self.optimizer_name() == "MARS"
+        if by_name or isinstance(client_optimizer, MARS):
+            check_config(self._config._param_dict, client_optimizer=not by_name)
+        return original(self, client_optimizer, model_parameters)
+
+    checked.checked_for_mars = True  # type: ignore[attr-defined]
+    DeepSpeedEngine._configure_optimizer = checked
 
 
 def guard_accelerate() -> None:
