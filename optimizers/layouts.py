@@ -233,7 +233,7 @@ def resolve(tensor: Tensor, position: int, candidates: Candidates) -> Layout:
     """
     for resolver in _RESOLVERS:
         layout = resolver(tensor, position, candidates)
-        if layout is None:
+        if layout is None or not layout.members:
             continue
         masters = layout.groups and not is_dtensor(tensor)
         if masters and tensor.dtype not in (torch.float32, torch.float64):

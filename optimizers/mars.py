@@ -244,8 +244,8 @@ class MARS(Optimizer):
         self._originals: list[Original] = []
         self._rules: list[Rule] = []
         self._trivial: list[Layout] = []
-        self._first: list[int] = []  # a group's first original and number of them
-        self._size: list[int] = []
+        self._spans: dict[int, range] = {}
+        """The originals of a group, by the id of its dictionary."""
         self._layouts: dict[Tensor, Layout] = {}
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
         self._norm_cache = NormCache()
@@ -282,14 +282,15 @@ class MARS(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["lr_1d_factor"] = factor
-        group["mars_group"] = len(self.param_groups) - 1
         del group["lr_1d"]
         self._describe(group)
 
     def _describe(self, group: dict[str, Any]) -> None:
         names = group.get("param_names") or [""] * len(group["params"])
-        self._first.append(len(self._originals))
-        self._size.append(len(group["params"]))
+        # By identity: DeepSpeed hands over one group at a time, and its universal checkpoints write
+        # the first group's settings into all of them.
+        start = len(self._originals)
+        self._spans[id(group)] = range(start, start + len(group["params"]))
         for parameter, name in zip(group["params"], names, strict=True):
             original = describe(parameter, name, kind=group["kind"])
             self._trivial.append(whole(len(self._originals), parameter))
@@ -297,17 +298,22 @@ class MARS(Optimizer):
             self._rules.append(rule_of(original.kind, group))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        fresh = not hasattr(self, "_originals")  # unpickled or copied
+        spans = [] if fresh else [self._spans[id(group)] for group in self.param_groups]
         super().__setstate__(state)
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for name, default in self.defaults.items():
                 if name != "lr_1d":
                     group.setdefault(name, default)
             group.setdefault("lr_1d_factor", 0.5)
-            group.setdefault("mars_group", number)
-        if not hasattr(self, "_originals"):  # unpickled or copied
+        if fresh:
             self._begin()
             for group in self.param_groups:
                 self._describe(group)
+        else:  # loading a state puts new dictionaries in the groups' places
+            self._spans = {
+                id(group): span for group, span in zip(self.param_groups, spans, strict=True)
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, bit for bit.
@@ -539,14 +545,13 @@ class MARS(Optimizer):
         return part
 
     def _layout(self, tensor: Tensor, position: int, group: dict[str, Any]) -> Layout:
-        number = group["mars_group"]
-        first = self._first[number]
-        if position < self._size[number]:
-            index: int = first + position
+        span = self._spans[id(group)]
+        if position < len(span):
+            index = span[position]
             if self._originals[index].parameter is tensor and not is_dtensor(tensor):
                 return self._trivial[index]
         if tensor not in self._layouts:
-            candidates = list(enumerate(self._originals))[first : first + self._size[number]]
+            candidates = [(index, self._originals[index]) for index in span]
             self._layouts[tensor] = resolve(tensor, position, candidates)
         return self._layouts[tensor]
 
