@@ -523,7 +523,10 @@ class MARS(Optimizer):
                 if lr is None:
                     continue
             else:
-                state["step"] += 1
+                if group["capturable"] or torch.compiler.is_compiling():
+                    state["step"] += 1  # the same memory, for graphs
+                else:  # tensors may share it: DeepSpeed loads universal checkpoints so
+                    state["step"] = state["step"] + 1
                 if group["exact"]:
                     state["pending_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
             part.layouts.append(layout)
@@ -571,6 +574,8 @@ class MARS(Optimizer):
             on_device = group["capturable"] or group["fused"]
             device = local(tensor).device if on_device else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        elif not isinstance(state["step"], Tensor):
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
         dtype = _state_dtype(tensor)
         for name in names:
             if name not in state:

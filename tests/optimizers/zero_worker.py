@@ -95,6 +95,9 @@ def plain(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     for step in range(STEPS):
         if step == case.get("overflow"):
             continue
+        if step == STEPS // 2 and "universal" in case:
+            for state in optimizer.state.values():  # such a checkpoint has no last_grad
+                state.pop("last_grad", None)
         if options.get("exact"):
             if step:
                 put_gradients(step + PREVIOUS)
@@ -139,6 +142,8 @@ def configuration(case: dict[str, Any]) -> dict[str, Any]:
         config["bf16"] = {"enabled": True}
     if case["precision"] == "bf16+fp32":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "universal" in case:
+        config["checkpoint"] = {"load_universal": True}
     if "overflow" in case:  # fp16, which always looks for overflows, does not run on a CPU
         config["bf16"]["check_grad_overflow"] = True
     if case.get("by_name"):
@@ -211,7 +216,15 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def run(case: dict[str, Any], scratch: Path) -> dict[str, Any]:
     dtype = torch.float32 if case["precision"] == "fp32" else torch.bfloat16
     training = Training(case)
-    if case.get("resume"):
+    if "save" in case:
+        training.train(0, STEPS // 2)
+        training.engine.save_checkpoint(case["save"], tag="half")
+        training.engine.destroy()
+        return {}
+    if "universal" in case:
+        training.engine.load_checkpoint(case["universal"], tag="half")
+        training.train(STEPS // 2, STEPS)
+    elif case.get("resume"):
         folder = str(scratch / f"{case['stage']}-{case['precision']}-{case['resume']}")
         training.train(0, STEPS // 2)
         training.engine.save_checkpoint(folder)
