@@ -5,120 +5,34 @@ Lion or Shampoo (arXiv 2411.10438, Algorithm 1).
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparring.optimizers.adamw import Settings, adamw_apply, adamw_moments
-from sparring.optimizers.chunked import NormCache, chunked_mars_adamw
+from sparring.optimizers import updates
+from sparring.optimizers.batches import Batch, Part
+from sparring.optimizers.chunked import NormCache
 from sparring.optimizers.layouts import (
     KINDS,
-    Kind,
     Layout,
     Original,
-    Segment,
     describe,
     is_dtensor,
     local,
     resolve,
     whole,
 )
-from sparring.optimizers.orthogonal import (
-    ORTHOGONALISERS,
-    MatrixExchange,
-    orthogonalise,
-    segment_view,
-)
-from sparring.optimizers.recursive import correct_, correction_coefficient
+from sparring.optimizers.orthogonal import MatrixExchange
+from sparring.optimizers.rules import Rule, Variant, check_settings, rule_of, settings_of
 
 logger = logging.getLogger(__name__)
-
-Variant = Literal["adamw", "lion", "shampoo"]
-VARIANTS: tuple[Variant, ...] = ("adamw", "lion", "shampoo")
-Rule = Literal["AdamW", "MARS-AdamW", "MARS-Lion", "MARS-Shampoo"]
-
-
-def rule_of(kind: Kind, group: dict[str, Any]) -> Rule:
-    """How a parameter of a kind is updated in a group."""
-    variant: Variant = group["variant"]
-    if kind == "embedding" and variant == "shampoo" and not group["shampoo_embeddings"]:
-        kind = "vector"  # a row an item is no linear map between spaces: its factor means little
-    if kind == "vector":
-        if not group["optimize_1d"]:
-            return "AdamW"
-        return "MARS-Lion" if variant == "lion" else "MARS-AdamW"
-    rules: dict[Variant, Rule] = {
-        "adamw": "MARS-AdamW",
-        "lion": "MARS-Lion",
-        "shampoo": "MARS-Shampoo",
-    }
-    return rules[variant]
-
-
-@dataclass
-class _Batch:
-    """Tensors, or parts of tensors, that one rule updates with the same settings."""
-
-    rule: Rule
-    group: dict[str, Any]
-    settings: Settings
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    last_grads: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    """The parameter behind each tensor, as a position among the originals."""
-    layouts: list[Layout] = field(default_factory=list)
-    low_precision: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Parameters of 16 bits with the float32 copies that stand in `params` for them."""
-
-    def add(self, tensor: Tensor, state: dict[str, Any], layout: Layout, segment: Segment) -> None:
-        """Put in what a segment of a tensor holds."""
-
-        def part(whole: Tensor) -> Tensor:
-            here = local(whole)
-            return here if here.numel() == segment.numel else segment_view(here, segment)
-
-        parameter = part(tensor)
-        if state["exp_avg"].dtype != tensor.dtype:
-            copy = parameter.to(state["exp_avg"].dtype)
-            self.low_precision.append((parameter, copy))
-            parameter = copy
-        self.params.append(parameter)
-        if tensor.grad is not None:
-            grad = part(tensor.grad).to(state["exp_avg"].dtype)
-            self.grads.append(-grad if self.group["maximize"] else grad)
-        self.exp_avgs.append(part(state["exp_avg"]))
-        if self.rule in ("AdamW", "MARS-AdamW"):
-            self.exp_avg_sqs.append(part(state["exp_avg_sq"]))
-            if self.group["amsgrad"]:
-                self.max_exp_avg_sqs.append(part(state["max_exp_avg_sq"]))
-        if self.rule != "AdamW" and "last_grad" in state:
-            self.last_grads.append(part(state["last_grad"]))
-        self.steps.append(state["step"])
-        self.indices.append(segment.index)
-        self.layouts.append(layout)
-
-
-@dataclass
-class _Part:
-    """What a call updates of one parameter group."""
-
-    group: dict[str, Any]
-    layouts: list[Layout] = field(default_factory=list)
-    batches: list[_Batch] = field(default_factory=list)
 
 
 class MARS(Optimizer):
@@ -231,7 +145,7 @@ class MARS(Optimizer):
             "capturable": capturable,
             "kind": None,
         }
-        _check(defaults)
+        check_settings(defaults)
         self._begin()
         super().__init__(params, defaults)
         if "accelerate" in sys.modules:
@@ -266,7 +180,7 @@ class MARS(Optimizer):
             ValueError: an argument out of range, or a parameter that is already here or is sparse.
         """
         settings = {**self.defaults, **param_group}
-        factor = _check(settings)
+        factor = check_settings(settings)
         if self.param_groups and settings["exact"] != self.param_groups[0]["exact"]:
             raise ValueError("MARS: all groups are exact, or none is")
         if not isinstance(param_group["params"], (Tensor, set)):
@@ -420,23 +334,23 @@ class MARS(Optimizer):
         batches = [batch for part in parts for batch in part.batches]
         whole_step = taking and applying
         if taking:
-            self._correct(parts, leave_out=self._can_chunk if whole_step else None)
+            updates.correct(parts, leave_out=updates.can_chunk if whole_step else None)
         for part in parts:
             for batch in part.batches:
-                if whole_step and self._can_chunk(batch):
-                    self._chunked(batch)
+                if whole_step and updates.can_chunk(batch):
+                    updates.chunked(batch, self._norm_cache)
                     continue
-                if whole_step and self._can_fuse(batch):
-                    self._fused_adamw(batch)
+                if whole_step and updates.can_fuse(batch):
+                    updates.fused_adamw(batch)
                     continue
                 if taking:
-                    self._take_in(batch)
+                    updates.take_in(batch)
                 if applying and batch.rule != "MARS-Shampoo":
-                    self._apply(batch)
+                    updates.apply(batch)
             if applying:
-                self._apply_shampoo(part)
+                updates.apply_shampoo(part, self._originals, self._exchanges)
         for batch in batches:
-            chunked = whole_step and self._can_chunk(batch)  # did this chunk by chunk
+            chunked = whole_step and updates.can_chunk(batch)  # did this chunk by chunk
             if applying and not chunked and batch.last_grads and batch.grads:
                 torch._foreach_copy_(batch.last_grads, batch.grads)
             for parameter, copy in batch.low_precision:
@@ -490,7 +404,7 @@ class MARS(Optimizer):
 
     # From tensors to batches.
 
-    def _gather(self) -> list[_Part]:
+    def _gather(self) -> list[Part]:
         """Everything that this call updates, with steps counted and state made."""
         parts = []
         for group in self.param_groups:
@@ -499,9 +413,9 @@ class MARS(Optimizer):
                 parts.append(part)
         return parts
 
-    def _part(self, group: dict[str, Any]) -> _Part:
-        part = _Part(group)
-        batches: dict[Any, _Batch] = {}
+    def _part(self, group: dict[str, Any]) -> Part:
+        part = Part(group)
+        batches: dict[Any, Batch] = {}
         for position, tensor in enumerate(group["params"]):
             grad = tensor.grad
             state = self.state[tensor]
@@ -542,7 +456,7 @@ class MARS(Optimizer):
                 if group["foreach"] is False:
                     key = (*key, position, number)
                 if key not in batches:
-                    batches[key] = _Batch(rule, group, _settings(rule, group, lr))
+                    batches[key] = Batch(rule, group, settings_of(rule, group, lr))
                 batches[key].add(tensor, state, layout, segment)
         part.batches = list(batches.values())
         return part
@@ -603,250 +517,6 @@ class MARS(Optimizer):
             state["last_grad"].copy_(tensor.grad)
         return lr
 
-    # Correction, moments, update.
-
-    def _correct(self, parts: Sequence[_Part], leave_out: Callable[[_Batch], bool] | None) -> None:
-        """c, in the memory of `last_grad`, scaled to a norm of at most 1 a parameter."""
-        clipped: list[_Batch] = []
-        for part in parts:
-            for batch in part.batches:
-                if batch.rule == "AdamW" or (leave_out is not None and leave_out(batch)):
-                    continue
-                kappa = correction_coefficient(part.group["gamma"], batch.settings.beta1)
-                correct_(batch.last_grads, batch.grads, kappa)
-                if part.group["clip_c"]:
-                    clipped.append(batch)
-        layouts = [x for part in parts if part.group["clip_c"] for x in part.layouts]
-        norms = self._norms(clipped, layouts)
-        for batch in clipped:
-            own = [norms[id(c)] for c in batch.last_grads]
-            if batch.last_grads[0].device.type == "cpu" and not torch.compiler.is_compiling():
-                for c, norm in zip(batch.last_grads, own, strict=True):
-                    if norm > 1:  # rare after the first steps, and a pass over memory
-                        c.div_(norm)
-            else:
-                torch._foreach_maximum_(own, 1.0)
-                torch._foreach_div_(batch.last_grads, own)
-
-    def _norms(self, batches: Sequence[_Batch], layouts: Sequence[Layout]) -> dict[int, Tensor]:
-        """Euclidean norm of the parameter behind every c, by the id of c."""
-        norms: dict[int, Tensor] = {}
-        split: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
-        for batch in batches:
-            for c, norm, layout, index in zip(
-                batch.last_grads,
-                torch._foreach_norm(batch.last_grads),
-                batch.layouts,
-                batch.indices,
-                strict=True,
-            ):
-                norms[id(c)] = norm
-                if layout.groups:
-                    split.setdefault(layout.groups, []).append((index, norm))
-        # Ranks that hold nothing of a parameter still take part in the sum.
-        for groups in dict.fromkeys(x.groups for x in layouts if x.groups):
-            members = sorted({i for x in layouts if x.groups == groups for i in x.members})
-            place = {index: number for number, index in enumerate(members)}
-            device = _collective_device(groups[0])
-            squares = torch.zeros(len(members), dtype=torch.float32, device=device)
-            mine = split.get(groups, [])
-            if mine:
-                squares = squares.to(mine[0][1].dtype)
-                where = torch.tensor([place[index] for index, _ in mine], device=device)
-                values = torch.stack([norm for _, norm in mine]).to(device) ** 2
-                squares.index_add_(0, where, values)
-            for group in groups:
-                dist.all_reduce(squares, group=group)
-            for index, norm in mine:
-                norm.copy_(squares[place[index]].sqrt())
-        return norms
-
-    def _take_in(self, batch: _Batch) -> None:
-        corrected = batch.grads if batch.rule == "AdamW" else batch.last_grads
-        if batch.rule in ("AdamW", "MARS-AdamW"):
-            adamw_moments(
-                corrected,
-                batch.exp_avgs,
-                batch.exp_avg_sqs,
-                batch.max_exp_avg_sqs,
-                batch.settings,
-            )
-        else:
-            torch._foreach_lerp_(batch.exp_avgs, corrected, 1 - batch.settings.beta1)
-
-    def _apply(self, batch: _Batch) -> None:
-        if batch.rule == "MARS-Lion":
-            lr, decay = batch.settings.lr, batch.settings.weight_decay
-            updates = torch._foreach_sign(batch.exp_avgs)
-            torch._foreach_mul_(updates, -lr)
-            if decay:
-                torch._foreach_mul_(batch.params, 1 - lr * decay)
-            torch._foreach_add_(batch.params, updates)
-            return
-        on_device = batch.group["capturable"] or torch.compiler.is_compiling()
-        steps = batch.steps if on_device else [step.item() for step in batch.steps]
-        denominators = batch.max_exp_avg_sqs or batch.exp_avg_sqs
-        adamw_apply(batch.params, batch.exp_avgs, denominators, steps, batch.settings)
-
-    def _apply_shampoo(self, part: _Part) -> None:
-        group = part.group
-        batches = [batch for batch in part.batches if batch.rule == "MARS-Shampoo"]
-
-        def factor(momentum: Tensor) -> Tensor:
-            # The authors' code divides by 1 - beta1: a matter of the norm's epsilon alone.
-            scaled = momentum / (1 - group["betas"][0])
-            return orthogonalise(scaled, group["orthogonaliser"], group["ns_steps"])
-
-        pieces = {
-            index: exp_avg
-            for batch in batches
-            for index, exp_avg in zip(batch.indices, batch.exp_avgs, strict=True)
-        }
-        split = [layout for layout in part.layouts if layout.groups]
-        members = tuple(
-            sorted(
-                index
-                for layout in split
-                for index in layout.members
-                if rule_of(self._originals[index].kind, group) == "MARS-Shampoo"
-            )
-        )
-        if members:
-            if members not in self._exchanges:
-                self._exchanges[members] = MatrixExchange(split, self._originals, members)
-            flat = {i: piece.reshape(-1) for i, piece in pieces.items()}
-            factors = self._exchanges[members](flat, factor)
-        else:
-            factors = {index: factor(piece) for index, piece in pieces.items()}
-        for batch in batches:
-            lr, decay = batch.settings.lr, batch.settings.weight_decay
-            for index, parameter in zip(batch.indices, batch.params, strict=True):
-                if decay:
-                    parameter.mul_(1 - lr * decay)
-                parameter.sub_(factors[index].view_as(parameter) * lr)
-
-    def _can_fuse(self, batch: _Batch) -> bool:
-        """Whether torch's fused AdamW can make this update."""
-        fused = batch.group["fused"]
-        if fused is False or batch.rule not in ("AdamW", "MARS-AdamW"):
-            return False
-        if torch.compiler.is_compiling():
-            return False  # the compiler fuses the plain operations itself
-        if fused is None and batch.group["foreach"] is not None:
-            return False
-        # The kernel wants steps on the tensors' device, and one type of 32 or 64 bits.
-        tensors = (*batch.params, *batch.grads)
-        return batch.steps[0].device == batch.params[0].device and all(
-            t.dtype in (torch.float32, torch.float64) and t.dtype == batch.exp_avgs[0].dtype
-            for t in tensors
-        )
-
-    def _can_chunk(self, batch: _Batch) -> bool:
-        """Whether the correction can go through the cache together with the fused update."""
-        return (
-            batch.rule == "MARS-AdamW"
-            and not torch.compiler.is_compiling()
-            and batch.params[0].device.type == "cpu"
-            and self._can_fuse(batch)
-            and all(layout.whole for layout in batch.layouts)
-            and all(t.is_contiguous() for t in (*batch.params, *batch.grads, *batch.exp_avgs))
-        )
-
-    def _chunked(self, batch: _Batch) -> None:
-        group = batch.group
-        chunked_mars_adamw(
-            batch.params,
-            batch.grads,
-            batch.last_grads,
-            batch.exp_avgs,
-            batch.exp_avg_sqs,
-            batch.max_exp_avg_sqs,
-            batch.steps,
-            batch.settings,
-            coefficient=correction_coefficient(group["gamma"], batch.settings.beta1),
-            clip=group["clip_c"],
-            norms=self._norm_cache,
-        )
-
-    def _fused_adamw(self, batch: _Batch) -> None:
-        lr, beta1, beta2, weight_decay, eps = batch.settings
-        torch._fused_adamw_(
-            batch.params,
-            batch.grads if batch.rule == "AdamW" else batch.last_grads,
-            batch.exp_avgs,
-            batch.exp_avg_sqs,
-            batch.max_exp_avg_sqs,
-            batch.steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=batch.group["amsgrad"],
-            maximize=False,
-            grad_scale=None,
-            found_inf=None,
-        )
-
-
-def _settings(rule: Rule, group: dict[str, Any], lr: float | Tensor) -> Settings:
-    if rule != "AdamW":
-        beta1, beta2 = group["betas"]
-        return Settings(lr, beta1, beta2, group["weight_decay"], group["eps"])
-    beta1, beta2 = group["betas_1d"]
-    decay = group["weight_decay_1d"]
-    decay = group["weight_decay"] if decay is None else decay
-    return Settings(lr * group["lr_1d_factor"], beta1, beta2, decay, group["eps"])
-
 
 def _state_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _collective_device(group: Any) -> torch.device:
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _check(settings: dict[str, Any]) -> float:
-    """Refuse settings out of range; returns the ratio of the vectors' learning rate to lr."""
-
-    def require(good: bool, name: str, rule: str) -> None:
-        if not good:
-            raise ValueError(f"MARS: {name} must {rule}, not {settings[name]!r}")
-
-    def finite(value: Any) -> bool:
-        return math.isfinite(float(value))
-
-    lr = settings["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"MARS: a tensor lr must have one element, not {lr.numel()}")
-        if settings["foreach"] and not settings["capturable"]:
-            raise ValueError("MARS: a tensor lr with foreach=True needs capturable=True")
-    require(finite(lr) and float(lr) >= 0, "lr", "be a finite number of at least 0")
-    for name in ("betas", "betas_1d"):
-        good = len(settings[name]) == 2 and all(0 <= float(b) < 1 for b in settings[name])
-        require(good, name, "be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        require(finite(settings[name]) and settings[name] >= 0, name, "be at least 0")
-    require(0 <= settings["gamma"] <= 1, "gamma", "lie in [0, 1]")
-    require(settings["variant"] in VARIANTS, "variant", f"be one of {', '.join(VARIANTS)}")
-    require(settings["kind"] in (None, *KINDS), "kind", f"be one of {', '.join(KINDS)}, or None")
-    known = tuple(ORTHOGONALISERS)
-    require(settings["orthogonaliser"] in known, "orthogonaliser", f"be one of {', '.join(known)}")
-    require(settings["ns_steps"] >= 1, "ns_steps", "be at least 1")
-    decay_1d, lr_1d = settings["weight_decay_1d"], settings["lr_1d"]
-    require(decay_1d is None or (finite(decay_1d) and decay_1d >= 0), "weight_decay_1d",
-            "be at least 0, or None for weight_decay")  # fmt: skip
-    require(lr_1d is None or (finite(lr_1d) and lr_1d >= 0), "lr_1d",
-            "be at least 0, or None for lr / 2")  # fmt: skip
-    if settings["foreach"] and settings["fused"]:
-        raise ValueError("MARS: foreach and fused cannot both be True; leave one None")
-    if settings.get("lr_1d_factor") is not None and lr_1d is None:
-        return float(settings["lr_1d_factor"])
-    if lr_1d is None:
-        return 0.5
-    require(float(lr) > 0 or lr_1d == 0, "lr", "be above 0 when lr_1d is given, which follows it")
-    return float(lr_1d) / float(lr) if float(lr) else 0.5
