@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import random
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -37,10 +38,15 @@ def lm() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "documentation.txt"
-    pages = sorted((ROOT / "docs").rglob("*.md"))
-    pieces = [page.read_text(encoding="utf-8") for page in pages]
-    file.write_text("\n\n".join(pieces), encoding="utf-8")
+    """Paragraphs that are the same in every commit, unlike the pages of docs/."""
+    words = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
+    draw = random.Random(0)
+    paragraphs = []
+    for _ in range(400):
+        start = draw.randrange(len(words) - 60)
+        paragraphs.append(" ".join(words[start : start + draw.randint(20, 60)]))
+    file = tmp_path_factory.mktemp("text") / "paragraphs.txt"
+    file.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return file
 
 
