@@ -46,6 +46,8 @@ def _explain(cls: type, error: Mapping[str, Any]) -> str:
         )
     if error["type"] in ("missing", "missing_argument"):
         return f"key {name!r} is missing"
+    if error["type"] == "dataclass_type":
+        return f"{name!r} is a section, not {error['input']!r}; write [{name}] and its keys below"
     problem = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
     return f"{name + ': ' if name else ''}{problem}{shown}"

@@ -53,6 +53,10 @@ def test_valid_data() -> None:
             {"name": "a", "inner": {"zzz": 2}},
             "r.toml: unknown key 'inner.zzz'; allowed here: steps, rate",
         ),
+        (
+            {"name": "a", "inner": "fast"},
+            "r.toml: 'inner' is a section, not 'fast'; write [inner] and its keys below",
+        ),
         ({}, "r.toml: key 'name' is missing"),
         (
             {"name": "a", "inner": {"steps": 0}},
