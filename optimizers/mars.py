@@ -433,7 +433,7 @@ class MARS(Optimizer):
                 continue  # DeepSpeed without ZeRO makes a step of zeros, to have the state made
             lr = group["lr"]
             if due:
-                lr = self._settle_exact(tensor)
+                lr = self._settle_exact(tensor, group)
                 if lr is None:
                     continue
             else:
@@ -500,7 +500,7 @@ class MARS(Optimizer):
             if not fresh and tensor.grad is not None:
                 state["last_grad"].copy_(-tensor.grad if group["maximize"] else tensor.grad)
 
-    def _settle_exact(self, tensor: Tensor) -> float | Tensor | None:
+    def _settle_exact(self, tensor: Tensor, group: dict[str, Any]) -> float | Tensor | None:
         """In exact mode, outside `moments`: the learning rate of the update to make, if any."""
         state = self.state[tensor]
         if self._stepped_at.get(tensor) == self._moments_entered:
@@ -514,7 +514,8 @@ class MARS(Optimizer):
         if tensor.grad is None:
             state.pop("last_grad", None)  # not known for the next batch
         elif lr is None and "last_grad" in state and state["step"] > 0:
-            state["last_grad"].copy_(tensor.grad)
+            maximize = group["maximize"]
+            state["last_grad"].copy_(-tensor.grad if maximize else tensor.grad)
         return lr
 
 

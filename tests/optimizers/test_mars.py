@@ -599,6 +599,25 @@ def test_exact_mode_refuses_plain_steps() -> None:
         pass
 
 
+def test_exact_mode_maximizes_after_skipped_moments() -> None:
+    """Overflowed moments leave no update; the next previous-weights gradient has its sign."""
+    up, down = parameters(), parameters()
+    stream = gradients(3)
+    for params, sign, options in ((up, 1, {"maximize": True}), (down, -1, {})):
+        optimizer = MARS(params, exact=True, **options)
+        with optimizer.moments():
+            feed(optimizer, params, [sign * g for g in stream[0]])
+        feed(optimizer, params, [sign * g for g in stream[1]])
+        with optimizer.moments():
+            pass  # the step was skipped
+        feed(optimizer, params, [sign * g for g in stream[1]])
+        with optimizer.moments():
+            feed(optimizer, params, [sign * g for g in stream[2]])
+        optimizer.zero_grad()
+        optimizer.step()
+    assert difference(up, down) == 0
+
+
 def test_exact_mode_after_a_skipped_update_takes_c_as_g() -> None:
     """An fp16 overflow between moments and update leaves no gradient at the previous weights."""
     params, stream = parameters(), gradients(3)
