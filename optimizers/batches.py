@@ -32,6 +32,8 @@ class Batch:
     layouts: list[Layout] = field(default_factory=list)
     low_precision: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Parameters of 16 bits with the float32 copies that stand in `params` for them."""
+    chunked: bool = False
+    """Whether correction and update go through the cache together, chunk by chunk."""
 
     def add(self, tensor: Tensor, state: dict[str, Any], layout: Layout, segment: Segment) -> None:
         """Put in what a segment of a tensor holds."""

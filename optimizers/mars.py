@@ -83,7 +83,8 @@ class MARS(Optimizer):
         ns_steps: Newton-Schulz steps.
         maximize: go up instead of down.
         foreach: multi-tensor operations; None chooses them.
-        fused: torch's fused AdamW kernel behind the correction; None takes it where it exists.
+        fused: torch's fused AdamW kernel behind the correction. None takes it on a CPU; on a GPU
+            it needs True.
         capturable: steps on the device, for CUDA graphs.
 
     Raises:
@@ -258,6 +259,7 @@ class MARS(Optimizer):
                     elif held.data_ptr() == value.data_ptr():
                         self.state[tensor][name] = value.clone()
         self._stepped_at.clear()
+        self._norm_cache = NormCache()  # it holds on to the tensors that were replaced
 
     # Exact mode.
 
@@ -333,12 +335,14 @@ class MARS(Optimizer):
         taking, applying = not exact or self._in_moments, not self._in_moments
         batches = [batch for part in parts for batch in part.batches]
         whole_step = taking and applying
+        for batch in batches:
+            batch.chunked = whole_step and updates.can_chunk(batch)
         if taking:
-            updates.correct(parts, leave_out=updates.can_chunk if whole_step else None)
+            updates.correct(parts)
         for part in parts:
             for batch in part.batches:
-                if whole_step and updates.can_chunk(batch):
-                    updates.chunked(batch, self._norm_cache)
+                if batch.chunked:
+                    updates.step_in_chunks(batch, self._norm_cache)
                     continue
                 if whole_step and updates.can_fuse(batch):
                     updates.fused_adamw(batch)
@@ -350,8 +354,7 @@ class MARS(Optimizer):
             if applying:
                 updates.apply_shampoo(part, self._originals, self._exchanges)
         for batch in batches:
-            chunked = whole_step and updates.can_chunk(batch)  # did this chunk by chunk
-            if applying and not chunked and batch.last_grads and batch.grads:
+            if applying and not batch.chunked and batch.last_grads and batch.grads:
                 torch._foreach_copy_(batch.last_grads, batch.grads)
             for parameter, copy in batch.low_precision:
                 parameter.copy_(copy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from sparring.optimizers.recursive import correct_, correction_coefficient
 from sparring.optimizers.rules import rule_of
 
 
-def correct(parts: Sequence[Part], leave_out: Callable[[Batch], bool] | None) -> None:
-    """c, in the memory of `last_grad`, scaled to a norm of at most 1 a parameter."""
+def correct(parts: Sequence[Part]) -> None:
+    """c, in the memory of `last_grad`, scaled to a norm of at most 1 a parameter.
+
+    Not for chunked batches, whose c never stands in memory.
+    """
     clipped: list[Batch] = []
     for part in parts:
         for batch in part.batches:
-            if batch.rule == "AdamW" or (leave_out is not None and leave_out(batch)):
+            if batch.rule == "AdamW" or batch.chunked:
                 continue
             kappa = correction_coefficient(part.group["gamma"], batch.settings.beta1)
             correct_(batch.last_grads, batch.grads, kappa)
@@ -182,7 +185,7 @@ def can_chunk(batch: Batch) -> bool:
     )
 
 
-def chunked(batch: Batch, norms: NormCache) -> None:
+def step_in_chunks(batch: Batch, norms: NormCache) -> None:
     """The whole step of a batch that `can_chunk`."""
     group = batch.group
     chunked_mars_adamw(
