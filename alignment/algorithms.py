@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 from dataclasses import dataclass
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Algorithm:
     loss: str
     """``module:function`` from PairTerms and TrainConfig to a (B,) loss."""
     rule: str
-    """Pair rule: "best-worst" or "real-generated"."""
+    """Its own pair rule: "real-generated", or one of `PAIR_RULES`."""
     mix_previous: bool = False
     """Whether iteration t also trains on iteration t-1's pairs."""
     uses_rejected: bool = True
@@ -29,11 +32,25 @@ class Algorithm:
     folds: bool = False
     """Whether a constant added to both log-ratios of a prompt leaves the loss unchanged, which
     makes folding APO's momentum into the reference exact."""
+    per_response: bool = False
+    """Whether the loss is a sum over single responses, each with its own win probability, which is
+    what the pair rule "all" is for."""
 
     @property
     def needs_judge(self) -> bool:
-        return self.rule == "best-worst"
+        return self.rule != REAL_GENERATED
 
+
+REAL_GENERATED = "real-generated"
+"""The rule that asks no judge: a human response against the policy's own."""
+
+PAIR_RULES = {
+    "best-worst": "sparring.alignment.pairs:best_worst",
+    "all": "sparring.alignment.pairs:all_responses",
+    "random-pair": "sparring.alignment.pairs:random_pair",
+    "shuffled": "sparring.alignment.pairs:shuffled",
+}
+"""Rules on judged responses by name, as ``module:function``."""
 
 _OBJECTIVES = "sparring.alignment.objectives"
 
@@ -44,6 +61,7 @@ _BUILT_IN = (
         paper="arXiv 2405.00675",
         loss=f"{_OBJECTIVES}:sppo",
         rule="best-worst",
+        per_response=True,
     ),
     Algorithm(
         name="sppo-single",
@@ -110,9 +128,25 @@ def algorithm(name: str) -> Algorithm:
     Raises:
         ValueError: there is none; names the nearest.
     """
-    known = algorithms()
+    return _named("algorithm", name, algorithms())
+
+
+def pair_rule(name: str) -> str:
+    """``module:function`` of a rule on judged responses: built in, of a plug-in under the
+    entry-point group ``sparring.pair_rules``, or given as such.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if ":" in name:
+        return name
+    group = importlib.metadata.entry_points(group="sparring.pair_rules")
+    return _named("pair rule", name, PAIR_RULES | {entry.name: entry.value for entry in group})
+
+
+def _named(kind: str, name: str, known: dict[str, Entry]) -> Entry:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"unknown algorithm {name!r}; {hint}")
+        raise ValueError(f"unknown {kind} {name!r}; {hint}")
     return known[name]

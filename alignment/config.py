@@ -11,6 +11,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
+from sparring.alignment.algorithms import REAL_GENERATED, Algorithm, algorithm, pair_rule
 from sparring.launch.config import Config, at, config
 from sparring.launch.stages import LaunchConfig
 from sparring.optimizers import OptimizerConfig
@@ -145,8 +146,10 @@ class PairSettings:
 class PairConfig(PairSettings):
     """How judged responses become training pairs."""
 
-    rule: Literal["", "best-worst", "real-generated", "random"] = ""
-    """Empty: the algorithm's own. "random" is the control: a coin reverses the judge's verdict."""
+    rule: str = ""
+    """Empty: the algorithm's own. "best-worst"; "all": every response with its own win probability
+    (SPPO); "random-pair": any two; "shuffled": the control, best-worst with the judge's verdict
+    reversed by a coin; a plug-in's name, or module:function."""
     mix_previous: bool | None = None
     """Train on the previous iteration's pairs too (SPIN); default: as the algorithm does."""
 
@@ -280,8 +283,6 @@ class Recipe:
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
-        from sparring.alignment.algorithms import algorithm
-
         _positive("iterations", self.iterations)
         if self.prompts.fresh and self.prompts.train < self.iterations:
             raise ValueError(
@@ -291,7 +292,7 @@ class Recipe:
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             raise ValueError(f"name becomes a folder: no slash, no leading dot, not {self.name!r}")
         chosen = algorithm(self.algorithm)
-        self._check_pairs(chosen.rule)
+        self._check_pairs(chosen)
         folded = self.momentum.realised == "reference" and self.momentum.active
         if folded and not chosen.folds:
             raise ValueError(
@@ -299,12 +300,19 @@ class Recipe:
                 "not cancel the normaliser); use 'weights'"
             )
 
-    def _check_pairs(self, own: str) -> None:
-        rule = self.pair.rule or own
-        if (rule == "real-generated") != (own == "real-generated"):
+    def _check_pairs(self, chosen: Algorithm) -> None:
+        rule = self.pair.rule or chosen.rule
+        if (rule == REAL_GENERATED) == chosen.needs_judge:
             raise ValueError(
-                f"pair.rule = {rule!r} does not fit {self.algorithm}, which uses {own!r}"
+                f"pair.rule = {rule!r} does not fit {self.algorithm}, which uses {chosen.rule!r}"
             )
+        if rule == "all" and not chosen.per_response:
+            raise ValueError(
+                f"pair.rule = 'all' gives each response its own win probability, which "
+                f"{self.algorithm} does not read; use 'best-worst' or 'random-pair'"
+            )
+        if rule != REAL_GENERATED:
+            pair_rule(rule)
 
 
 def resolved(section: Config, iteration: int) -> Config:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparring.alignment import pairs as rules
 from sparring.alignment import tokens
+from sparring.alignment.algorithms import REAL_GENERATED, pair_rule
 from sparring.alignment.judging import group_responses
 from sparring.alignment.pairs import Dropped
 from sparring.alignment.prompting import read_prompt_set
@@ -18,7 +19,7 @@ from sparring.alignment.stages import PairStage
 from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.seeds import derive
-from sparring.launch.stages import Context, Figures
+from sparring.launch.stages import Context, Figures, load
 
 
 def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
@@ -26,7 +27,7 @@ def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Co
     responses = read_rows(inputs["responses"] / "responses.parquet", Response)
     made = (
         _real_generated(config, inputs, responses)
-        if config.rule == "real-generated"
+        if config.rule == REAL_GENERATED
         else _judged(config, inputs, responses, context.seed)
     )
     counts: Counter[str] = Counter()
@@ -78,6 +79,7 @@ def _real_generated(
 def _judged(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response], seed: int
 ) -> Iterable[Pair | Dropped]:
+    rule = load(pair_rule(config.rule))
     judged = {r.prompt_id: r for r in read_rows(inputs["judged"] / "judged.parquet", Judged)}
     groups = group_responses(read_prompt_set(inputs["prompts"]), responses)
     for prompt, rows in groups:
@@ -85,13 +87,11 @@ def _judged(
             raise SparringError(
                 f"prompt {prompt.prompt_id!r} was not judged; judge these responses"
             )
-        verdict = judged[prompt.prompt_id]
-        if config.rule == "random":
-            rng = np.random.default_rng(derive(seed, prompt.prompt_id))
-            yield rules.random_pair(
-                verdict, rows, convention=config.convention, min_margin=config.min_margin, rng=rng
-            )
-        else:
-            yield rules.best_worst(
-                verdict, rows, convention=config.convention, min_margin=config.min_margin
-            )
+        made = rule(
+            judged[prompt.prompt_id],
+            rows,
+            convention=config.convention,
+            min_margin=config.min_margin,
+            rng=np.random.default_rng(derive(seed, prompt.prompt_id)),
+        )
+        yield from made if isinstance(made, list) else [made]

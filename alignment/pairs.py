@@ -1,7 +1,8 @@
-"""Pair rules: which two responses to a prompt the losses compare.
+"""Pair rules: which responses to a prompt the losses compare.
 
-A rule gives a `Pair`, or the reason why there is none, so that a stage can count the reasons with a
-`Counter` and nothing disappears unreported.
+A rule on judged responses is one function ``(judged, responses, *, convention, min_margin, rng)``,
+named in `algorithms.PAIR_RULES` or by a plug-in. It gives a `Pair`, or the reason why there is none,
+or a list of these, so that a stage can count the reasons and nothing disappears unreported.
 """
 
 from __future__ import annotations
@@ -70,8 +71,44 @@ def _tokens_problem(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> D
     return Dropped.SAME_IDS if tuple(chosen_ids) == tuple(rejected_ids) else None
 
 
+def _pair(
+    judged: Judged,
+    ordered: Sequence[Response],
+    chosen: int,
+    rejected: int,
+    *,
+    wins: Sequence[float],
+    pair_win: Sequence[Sequence[float]],
+    suffix: str = "",
+) -> Pair:
+    return Pair(
+        pair_id=f"{judged.prompt_id}/{judged.iteration}{suffix}",
+        prompt_id=judged.prompt_id,
+        iteration=judged.iteration,
+        prompt_ids=ordered[chosen].prompt_ids,
+        chosen_ids=ordered[chosen].response_ids,
+        rejected_ids=ordered[rejected].response_ids,
+        chosen_win=wins[chosen],
+        rejected_win=wins[rejected],
+        pair_win=pair_win[chosen][rejected],
+    )
+
+
+def _margin_problem(margin: float, min_margin: float) -> Dropped | None:
+    if not 0 <= min_margin < 1:
+        raise ValueError(f"min_margin must be in [0, 1), got {min_margin}")
+    if margin <= _TIE:
+        return Dropped.NO_PREFERENCE
+    return Dropped.SMALL_MARGIN if margin <= min_margin else None
+
+
 def best_worst(
-    judged: Judged, responses: Sequence[Response], *, convention: str, min_margin: float = 0.0
+    judged: Judged,
+    responses: Sequence[Response],
+    *,
+    convention: str,
+    min_margin: float = 0.0,
+    rng: np.random.Generator | None = None,
 ) -> Pair | Dropped:
     """SPPO's rule: the response with the highest P̂ against the one with the lowest.
 
@@ -83,6 +120,7 @@ def best_worst(
         responses: its K responses, in any order; k numbers the judge's rows.
         convention: how logits become probabilities, a key of `preferences.CONVENTIONS`.
         min_margin: P̂_chosen − P̂_rejected must be greater than this, in [0, 1).
+        rng: what every rule is given; nothing is drawn here.
 
     Returns:
         The pair, or why there is none.
@@ -92,38 +130,102 @@ def best_worst(
         SparringError: the responses are not the judged ones, the logits are not finite or not
             square, or the convention is unknown.
     """
-    if not 0 <= min_margin < 1:
-        raise ValueError(f"min_margin must be in [0, 1), got {min_margin}")
     ordered = _by_number(judged, responses)
     wins, pair_win = _probabilities(judged, convention)
+    highest, lowest = max(wins), min(wins)
+    too_close = _margin_problem(highest - lowest, min_margin)
     if len({r.text for r in ordered}) == 1:
         return Dropped.SAME_TEXT
-    highest, lowest = max(wins), min(wins)
-    margin = highest - lowest
-    if margin <= _TIE:
-        return Dropped.NO_PREFERENCE
-    if margin <= min_margin:
-        return Dropped.SMALL_MARGIN
+    if too_close:
+        return too_close
     best = next(k for k, win in enumerate(wins) if win >= highest - _TIE)
     worst = next(k for k, win in enumerate(wins) if win <= lowest + _TIE)
-    chosen, rejected = ordered[best], ordered[worst]
-    problem = _tokens_problem(chosen.response_ids, rejected.response_ids)
-    if problem:
-        return problem
-    return Pair(
-        pair_id=f"{judged.prompt_id}/{judged.iteration}",
-        prompt_id=judged.prompt_id,
-        iteration=judged.iteration,
-        prompt_ids=chosen.prompt_ids,
-        chosen_ids=chosen.response_ids,
-        rejected_ids=rejected.response_ids,
-        chosen_win=wins[best],
-        rejected_win=wins[worst],
-        pair_win=pair_win[best][worst],
-    )
+    problem = _tokens_problem(ordered[best].response_ids, ordered[worst].response_ids)
+    return problem or _pair(judged, ordered, best, worst, wins=wins, pair_win=pair_win)
 
 
 def random_pair(
+    judged: Judged,
+    responses: Sequence[Response],
+    *,
+    convention: str,
+    rng: np.random.Generator,
+    min_margin: float = 0.0,
+) -> Pair | Dropped:
+    """Two of the K responses at random; the one with the higher P̂ is chosen.
+
+    The customary pair of online DPO: its margin is that of typical samples, not of extremes. The
+    win probabilities are over all K, as in `best_worst`.
+
+    Args:
+        rng: draws the two, once a call.
+
+    Other arguments, returns and raises are those of `best_worst`.
+    """
+    ordered = _by_number(judged, responses)
+    wins, pair_win = _probabilities(judged, convention)
+    if len(ordered) < 2:
+        return Dropped.SAME_TEXT
+    one, other = (int(k) for k in sorted(rng.choice(len(ordered), size=2, replace=False)))
+    too_close = _margin_problem(abs(wins[one] - wins[other]), min_margin)
+    if ordered[one].text == ordered[other].text:
+        return Dropped.SAME_TEXT
+    if too_close:
+        return too_close
+    best, worst = (one, other) if wins[one] > wins[other] else (other, one)
+    problem = _tokens_problem(ordered[best].response_ids, ordered[worst].response_ids)
+    return problem or _pair(judged, ordered, best, worst, wins=wins, pair_win=pair_win)
+
+
+def all_responses(
+    judged: Judged,
+    responses: Sequence[Response],
+    *,
+    convention: str,
+    min_margin: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> list[Pair | Dropped]:
+    """Every response with its own P̂, for losses that are a sum over single responses (SPPO's).
+
+    SPPO's paper allows training on all K instead of two of them (arXiv 2405.00675, section 4). A
+    pair's loss is the mean of its two terms, so the mean over pairs is the mean over responses when
+    each response is in equally many pairs: ranked by P̂, first with last, second with last but one
+    where K is even; a ring of neighbours where K is odd, in which each is twice, at twice the work.
+
+    Ties stay, since a response that wins half the time has a target too: log-ratio 0. Responses
+    without a token are left out, one `Dropped.EMPTY` each.
+
+    Args:
+        min_margin: the prompt is dropped when its best and worst are no more than this apart.
+
+    Other arguments, returns and raises are those of `best_worst`.
+    """
+    ordered = _by_number(judged, responses)
+    wins, pair_win = _probabilities(judged, convention)
+    too_close = _margin_problem(max(wins) - min(wins), min_margin)
+    if len({r.text for r in ordered}) == 1:
+        return [Dropped.SAME_TEXT]
+    if too_close:
+        return [too_close]
+    full = [k for k, response in enumerate(ordered) if response.response_ids]
+    rank = sorted(full, key=lambda k: (-wins[k], k))
+    count = len(rank)
+    places = (
+        [(i, count - 1 - i) for i in range(count // 2)]
+        if count % 2 == 0
+        else [tuple(sorted((i, (i + 1) % count))) for i in range(count)]
+    )
+    made: list[Pair | Dropped] = [Dropped.EMPTY] * (len(ordered) - count)
+    for high, low in places if count > 1 else []:
+        best, worst = rank[high], rank[low]
+        suffix = f"/{best}-{worst}"
+        made.append(
+            _pair(judged, ordered, best, worst, wins=wins, pair_win=pair_win, suffix=suffix)
+        )
+    return made
+
+
+def shuffled(
     judged: Judged,
     responses: Sequence[Response],
     *,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sparring.alignment.algorithms import REAL_GENERATED, pair_rule
 from sparring.alignment.config import (
     GenerateConfig,
     JudgeConfig,
@@ -46,8 +47,14 @@ class GenerateStage(GenerateConfig):
 class PairStage(PairSettings):
     """Pairing of one iteration."""
 
-    rule: Literal["best-worst", "real-generated", "random"] = "best-worst"
-    """Judged responses, or a human one against the policy's; "random" is the control."""
+    rule: str = "best-worst"
+    """"best-worst", "all", "random-pair" or "shuffled" of judged responses, a plug-in's name or
+    module:function; "real-generated": a human response against the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule != REAL_GENERATED:
+            pair_rule(self.rule)
 
 
 @config
@@ -151,7 +158,7 @@ PAIR = Stage(
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
-        "judged?": "artifact with judged.parquet, for best-worst and random",
+        "judged?": "artifact with judged.parquet, for all rules but real-generated",
         "model?": "folder whose tokenizer encodes human responses, for real-generated",
         "previous?": "the previous iteration's pairs, to be mixed in",
     },

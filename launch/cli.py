@@ -176,6 +176,9 @@ def _stage_options(command: str, arguments: Sequence[str]) -> tuple[Any, Any, An
         shown = tyro.conf.arg(help=text, metavar="PATH")
         if name.endswith("?"):
             optional.append((name.removesuffix("?"), Annotated[Path | None, shown], None))
+        elif name.endswith("*"):
+            several = tyro.conf.arg(help=text, metavar="PATH [PATH ...]")
+            optional.append((name.removesuffix("*"), Annotated[tuple[Path, ...], several], ()))
         else:
             required.append((name, Annotated[Path, shown]))
     optional += [
@@ -199,9 +202,11 @@ def _stage(call: _Invocation) -> int:
 
     pipeline, stage, options = _stage_options(call.command, call.arguments)
     inputs: dict[str, Path] = {}
-    for name in (name.removesuffix("?") for name in stage.inputs):
+    for name in (name.rstrip("?*") for name in stage.inputs):
         path = getattr(options, name)
-        if path is not None:
+        if isinstance(path, tuple):
+            inputs |= stages.numbered(name, path)
+        elif path is not None:
             # A policy may be named instead of given as a folder.
             named = "model" in name and not path.exists()
             inputs[name] = pipeline.locate(str(path)) if named else path
@@ -219,9 +224,11 @@ def _stage(call: _Invocation) -> int:
             on_event=reporter.event,
         )
         reporter.stop(runs.describe(artifact) if fresh else "kept, it was there already")
-    files = ", ".join(artifact.manifest["files"])
     result = {"out": str(options.out), "digest": artifact.digest, "computed": fresh}
-    call.show({**result, "figures": artifact.figures}, f"{options.out}: {files}")
+    text = f"{options.out}: {', '.join(artifact.manifest['files'])}"
+    if stage.text:
+        text = f"{stages.load(stage.text)(artifact.path)}\n\n{text}"
+    call.show({**result, "figures": artifact.figures}, text)
     return 0
 
 

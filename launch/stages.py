@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparring.launch import artifacts, processes
 from sparring.launch.artifacts import Artifact
@@ -30,6 +30,7 @@ from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.processes import World
 
 Figures = dict[str, Any]
+Source = TypeVar("Source")
 
 
 @config
@@ -75,8 +76,11 @@ class Stage:
     version: str
     """Part of the content key: to be raised when the same input would give another output."""
     inputs: Mapping[str, str]
-    """Input names with what they are."""
+    """Input names with what they are. ``name?`` may be left out; ``name*`` takes any number, which a
+    step's inputs call ``name.0``, ``name.1``, and so on."""
     finish: str | None = None
+    text: str | None = None
+    """``module:function`` from an artifact's folder to what a terminal shows of it."""
     light: bool = False
     """Needs no model: always runs inside the driver, on one rank."""
     single: bool = False
@@ -98,9 +102,30 @@ class Step:
     seed: int = 0
 
 
+def numbered(name: str, sources: Sequence[Source]) -> dict[str, Source]:
+    """The inputs of a ``name*``: name.0, name.1, …"""
+    return {f"{name}.{n}": source for n, source in enumerate(sources)}
+
+
+def many(name: str, inputs: Mapping[str, Source]) -> list[Source]:
+    """What `numbered` made, in its order."""
+    found = [key for key in inputs if key.startswith(f"{name}.")]
+    return [inputs[key] for key in sorted(found, key=lambda key: int(key.rpartition(".")[2]))]
+
+
 def load(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names.
+
+    Raises:
+        SparringError: there is no such module or function, or importing it fails.
+    """
     module, _, function = name.partition(":")
-    return typing.cast("Callable[..., Any]", getattr(importlib.import_module(module), function))
+    try:
+        return typing.cast("Callable[..., Any]", getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise SparringError(
+            f"{name!r} cannot be imported ({error}); it must be module:function, on PYTHONPATH"
+        ) from error
 
 
 def package_versions(stage: Stage, python: str = sys.executable) -> dict[str, str]:

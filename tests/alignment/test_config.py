@@ -45,6 +45,27 @@ def test_fewer_prompts_than_iterations_are_fine_when_all_see_all() -> None:
     assert build(Recipe, {"name": "r", "prompts": prompts}, "r.toml").iterations == 3
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "rule", "message"),
+    [
+        ("sppo", "best", "unknown pair rule 'best'; did you mean 'best-worst'?"),
+        ("sppo", "real-generated", "does not fit sppo, which uses 'best-worst'"),
+        ("spin", "all", "does not fit spin, which uses 'real-generated'"),
+        ("dpo", "all", "which dpo does not read; use 'best-worst' or 'random-pair'"),
+    ],
+)
+def test_refused_pair_rules(algorithm: str, rule: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(Recipe, {"name": "r", "algorithm": algorithm, "pair": {"rule": rule}}, "r.toml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["all", "random-pair", "shuffled", "my_rules:mine"])
+def test_accepted_pair_rules(rule: str) -> None:
+    recipe = build(Recipe, {"name": "r", "algorithm": "sppo", "pair": {"rule": rule}}, "r.toml")
+    assert recipe.pair.rule == rule
+
+
 def test_an_unknown_algorithm_has_a_nearest_one() -> None:
     with pytest.raises(UsageError, match="unknown algorithm 'spin2'; did you mean 'spin'"):
         build(Recipe, {"name": "r", "algorithm": "spin2"}, "r.toml")

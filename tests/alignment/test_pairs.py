@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.alignment.pairs import Dropped, best_worst, mix, random_pair, real_generated
+from sparring.alignment.algorithms import PAIR_RULES, pair_rule
+from sparring.alignment.pairs import (
+    Dropped,
+    all_responses,
+    best_worst,
+    mix,
+    random_pair,
+    real_generated,
+    shuffled,
+)
 from sparring.alignment.preferences import CONVENTIONS
 from sparring.alignment.rows import Judged, Message, Pair, Prompt, Response
 from sparring.launch.errors import SparringError
@@ -169,6 +178,85 @@ def test_bad_judgements_name_the_prompt() -> None:
         best_worst(judged(CYCLIC), responses(3), convention="elo")
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    rewards=st.lists(st.floats(-3, 3), min_size=2, max_size=7, unique=True),
+    empty=st.sets(st.integers(0, 6), max_size=2),
+)
+def test_all_responses_are_equally_often_there(rewards: list[float], empty: set[int]) -> None:
+    """So that the mean over pairs is the mean over responses, each with its own target."""
+    count = len(rewards)
+    rows = [response(k, ids=() if k in empty else None) for k in range(count)]
+    made = all_responses(judged(from_rewards(*rewards)), rows, convention="pairwise")
+    if made == [Dropped.NO_PREFERENCE]:  # rewards that differ in the last bits only
+        assert max(rewards) - min(rewards) < 1e-7
+        return
+    pairs = [must_pair(one) for one in made if not isinstance(one, Dropped)]
+    left = [k for k in range(count) if k not in empty]
+    assert len(made) - len(pairs) == count - len(left)
+    seen = Counter(ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    if len(left) > 1:
+        assert set(seen) == {(10 + k, 0) for k in left}
+        assert set(seen.values()) == {1 if len(left) % 2 == 0 else 2}
+        assert len({pair.pair_id for pair in pairs}) == len(pairs)
+    expected = {
+        (10 + i, 0): np.mean([1 / (1 + math.exp(b - a)) for b in rewards])
+        for i, a in enumerate(rewards)
+    }
+    for pair in pairs:
+        assert pair.chosen_win == pytest.approx(expected[pair.chosen_ids])
+        assert pair.rejected_win == pytest.approx(expected[pair.rejected_ids])
+        assert pair.chosen_win >= pair.rejected_win - 1e-9
+
+
+def test_all_responses_drop_what_teaches_nothing() -> None:
+    same = [response(k, text="yes") for k in range(3)]
+    assert all_responses(judged(CYCLIC), same, convention="pairwise") == [Dropped.SAME_TEXT]
+    zeros = judged([[0.0] * 3] * 3)
+    assert all_responses(zeros, responses(3), convention="pairwise") == [Dropped.NO_PREFERENCE]
+    close = judged(from_rewards(0.1, 0.0, 0.05))
+    dropped = all_responses(close, responses(3), convention="pairwise", min_margin=0.2)
+    assert dropped == [Dropped.SMALL_MARGIN]
+
+
+def test_a_random_pair_is_any_two_and_the_better_is_chosen() -> None:
+    rng = np.random.default_rng(0)
+    rewards = (0.3, -1.0, 2.0, 0.9)
+    seen: Counter[tuple[int, int]] = Counter()
+    for _ in range(600):
+        pair = must_pair(
+            random_pair(
+                judged(from_rewards(*rewards)), responses(4), convention="pairwise", rng=rng
+            )
+        )
+        better, worse = pair.chosen_ids[0] - 10, pair.rejected_ids[0] - 10
+        assert rewards[better] > rewards[worse]
+        assert pair.pair_win == pytest.approx(1 / (1 + math.exp(rewards[worse] - rewards[better])))
+        seen[better, worse] += 1
+    assert len(seen) == 6
+    assert 60 < min(seen.values()) <= max(seen.values()) < 150
+
+
+def test_a_random_pair_drops_equals() -> None:
+    rng = np.random.default_rng(0)
+    one = random_pair(judged([[0.0]]), responses(1), convention="pairwise", rng=rng)
+    assert one is Dropped.SAME_TEXT
+    equal = [response(0, text="yes"), response(1, text="yes")]
+    logits = judged(from_rewards(1.0, 0.0))
+    assert random_pair(logits, equal, convention="pairwise", rng=rng) is Dropped.SAME_TEXT
+    tied = random_pair(judged([[0.0] * 2] * 2), responses(2), convention="pairwise", rng=rng)
+    assert tied is Dropped.NO_PREFERENCE
+
+
+def test_rules_are_found_by_name() -> None:
+    assert pair_rule("all") == PAIR_RULES["all"]
+    assert pair_rule("my_rules:mine") == "my_rules:mine"
+    with pytest.raises(
+        ValueError, match="unknown pair rule 'best-wors'; did you mean 'best-worst'"
+    ):
+        pair_rule("best-wors")
+
+
 @pytest.mark.parametrize("convention", ["pairwise", "mean-probability", "aggregated"])
 def test_control_reverses_verdicts_and_nothing_else(convention: str) -> None:
     """One good response of five: best and worst are no typical samples, yet neither is favoured."""
@@ -178,7 +266,7 @@ def test_control_reverses_verdicts_and_nothing_else(convention: str) -> None:
     assert true.chosen_win + true.rejected_win > 1.05
     wins: dict[tuple[int, ...], list[float]] = {true.chosen_ids: [], true.rejected_ids: []}
     for _ in range(400):
-        pair = must_pair(random_pair(one_good, rows, convention=convention, rng=rng))
+        pair = must_pair(shuffled(one_good, rows, convention=convention, rng=rng))
         assert pair.pair_id == true.pair_id
         assert pair.chosen_win > 0.5 > pair.rejected_win
         assert pair.pair_win == pytest.approx(true.pair_win)
@@ -193,7 +281,7 @@ def test_control_reverses_verdicts_and_nothing_else(convention: str) -> None:
 
 def test_control_drops_the_same_rows_and_draws_once_a_row() -> None:
     rng, rows = np.random.default_rng(5), responses(2)
-    dropped = random_pair(
+    dropped = shuffled(
         judged(from_rewards(0.2, 0.0)), rows, convention="pairwise", rng=rng, min_margin=0.1
     )
     assert dropped is Dropped.SMALL_MARGIN

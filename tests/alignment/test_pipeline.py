@@ -285,7 +285,7 @@ def test_the_slices_of_a_recipe_decide_what_stays_valid() -> None:
     held = {n for n in base if n.startswith("heldout") or n in ("prompts", "model")}
     assert all(hotter[n].config == base[n].config for n in held)
     assert hotter["iter0/generate"].config != base["iter0/generate"].config
-    assert same(base, chain(pair=PairConfig(rule="random"))) == everything - {"pair"}
+    assert same(base, chain(pair=PairConfig(rule="shuffled"))) == everything - {"pair"}
 
 
 def test_every_step_draws_from_its_own_stream() -> None:

@@ -156,7 +156,7 @@ def reference(sparring: Command) -> Reference:
 
 def test_sppo_learns_and_a_reversed_judge_does_not(sparring: Command) -> None:
     found = {}
-    for rule in ("best-worst", "random"):
+    for rule in ("best-worst", "shuffled"):
         options = ["--pair.rule", rule, "--out", str(sparring.folder / rule), *LEARNING.split()]
         done = sparring("run", sparring.recipe(), "--json", *options)
         assert done.code == 0, done.err
