@@ -76,8 +76,8 @@ class Stage:
     version: str
     """Part of the content key: to be raised when the same input would give another output."""
     inputs: Mapping[str, str]
-    """Input names with what they are. ``name?`` may be left out; ``name*`` takes any number, which a
-    step's inputs call ``name.0``, ``name.1``, and so on."""
+    """Input names with what they are. ``name?`` may be left out; ``name*`` takes any number, which
+    a step's inputs call ``name.0``, ``name.1``, and so on."""
     finish: str | None = None
     text: str | None = None
     """``module:function`` from an artifact's folder to what a terminal shows of it."""

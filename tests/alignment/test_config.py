@@ -48,7 +48,7 @@ def test_fewer_prompts_than_iterations_are_fine_when_all_see_all() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "rule", "message"),
     [
-        ("sppo", "best", "unknown pair rule 'best'; did you mean 'best-worst'?"),
+        ("sppo", "best-wors", "unknown pair rule 'best-wors'; did you mean 'best-worst'?"),
         ("sppo", "real-generated", "does not fit sppo, which uses 'best-worst'"),
         ("spin", "all", "does not fit spin, which uses 'real-generated'"),
         ("dpo", "all", "which dpo does not read; use 'best-worst' or 'random-pair'"),
