@@ -56,7 +56,8 @@ class PromptsConfig:
     """"constraints" (questions with a verifiable constraint), "chitchat" (human conversations), a
     JSONL or parquet file, or the id of a data set on the hub."""
     train: int = 300
-    """Training prompts in all."""
+    """Training prompts in all; 0, with heldout 0: every prompt, as they come, for `sparring
+    generate` alone."""
     heldout: int = 160
     """Prompts that no iteration trains on; none of their base questions is trained on either."""
     fresh: bool = True
@@ -69,8 +70,11 @@ class PromptsConfig:
     """Split of a data set."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "heldout", "max_tokens"):
-            _positive(f"prompts.{name}", getattr(self, name))
+        _positive("prompts.max_tokens", self.max_tokens)
+        for name in ("train", "heldout"):
+            _within(f"prompts.{name}", getattr(self, name), 0, math.inf)
+        if self.heldout and not self.train:
+            raise ValueError("prompts.train = 0 takes every prompt; then prompts.heldout must be 0")
 
 
 @config
@@ -107,20 +111,73 @@ class GenerateConfig:
 
 
 @config
+class ParityConfig:
+    """The gate between sampling and training: both must give the samples the same probability."""
+
+    probes: int = 8
+    """Responses compared each iteration; 0: no gate."""
+    mean_tolerance: float = 0.0
+    """Largest mean |difference| of log-probabilities a token, in nats; 0: by the model's number
+    type, 0.002 (float32), 0.02 (float16) or 0.1 (bfloat16)."""
+    token_tolerance: float = 0.0
+    """Largest |difference| of one token; 0: 0.05 (float32), 0.5 (float16) or 2 (bfloat16)."""
+
+    def __post_init__(self) -> None:
+        for name in ("probes", "mean_tolerance", "token_tolerance"):
+            _within(f"parity.{name}", getattr(self, name), 0, math.inf)
+
+
+@config
+class JudgeMember:
+    """One judge of an ensemble."""
+
+    name: str = ""
+    """As judge.name, but not "ensemble"."""
+    path: str = ""
+    """As judge.path."""
+    options: dict[str, str | bool | int | float] = field(default_factory=dict)
+    """As judge.options."""
+    weight: float = 1.0
+    """Share in the average, over the sum of all weights."""
+    label: str = ""
+    """Before the names of its figures; empty: its name. Two members need different labels."""
+
+    def __post_init__(self) -> None:
+        _positive("judge.members.weight", self.weight)
+        if self.name in ("", "ensemble"):
+            raise ValueError(f"judge.members.name must name a single judge, not {self.name!r}")
+
+
+@config
 class JudgeConfig:
     """Who says which response is better."""
 
     name: str = "verifier"
-    """"verifier" (rules, then relevance), "pairrm", "reward-model", or a plug-in's name."""
+    """"verifier" (rules, then relevance), "relevance", "pairrm", "reward-model", "llm" (a chat
+    model), "ensemble" (several judges' average), or a plug-in's name."""
     path: str = ""
-    """Folder or hub id of the judge's weights, for judges that have some."""
+    """Folder or hub id of the judge's weights, for judges that have some; "llm": the model's name
+    at its endpoint."""
     options: dict[str, str | bool | int | float] = field(default_factory=dict)
     """Settings of the judge by name."""
+    members: tuple[JudgeMember, ...] = ()
+    """The judges of an ensemble, as [[judge.members]] tables with name, path, options, weight."""
+    cache: str = ""
+    """Folder where verdicts on single pairs are kept across runs and looked up first ("pairrm",
+    "llm"); may be shared by judges, ranks and hosts. Empty: none."""
     chunk: int = 64
     """Prompts a shard."""
 
     def __post_init__(self) -> None:
         _positive("judge.chunk", self.chunk)
+        if (self.name == "ensemble") != bool(self.members):
+            raise ValueError(
+                "judge.members and judge.name = 'ensemble' need each other (name is "
+                f"{self.name!r}, members {len(self.members)})"
+            )
+        labels = [member.label or member.name for member in self.members]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"judge.members need different labels, not {labels}")
 
 
 @config
@@ -249,9 +306,16 @@ class EvaluateConfig:
     """Estimate KL(π̂_t ‖ π_0) a response, in nats, from one sample a prompt; needs temperature 1."""
     level: float = 0.95
     """Of the bootstrap intervals, which resample base questions."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness for the first and the last policy; needs the extra "eval"."""
+    lm_eval_path: str = ""
+    """Folder of own task files for it."""
+    lm_eval_limit: int = 0
+    """Examples of each such task; 0: all."""
 
     def __post_init__(self) -> None:
         _positive("evaluate.k", self.k)
+        _within("evaluate.lm_eval_limit", self.lm_eval_limit, 0, math.inf)
         if self.temperature < 0:
             raise ValueError(f"evaluate.temperature must not be negative, not {self.temperature}")
         if not 0 < self.level < 1:
@@ -275,6 +339,7 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     generate: GenerateConfig = GenerateConfig()
+    parity: ParityConfig = ParityConfig()
     judge: JudgeConfig = JudgeConfig()
     pair: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
@@ -283,7 +348,12 @@ class Recipe:
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
-        _positive("iterations", self.iterations)
+        for name, count in (
+            ("iterations", self.iterations),
+            ("prompts.train", self.prompts.train),
+            ("prompts.heldout", self.prompts.heldout),
+        ):
+            _positive(name, count)
         if self.prompts.fresh and self.prompts.train < self.iterations:
             raise ValueError(
                 f"prompts.train = {self.prompts.train} leaves some of the {self.iterations} "

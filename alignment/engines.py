@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ class Request:
 
     prompt_ids: Sequence[int]
     seed: int
+    probe: bool = False
+    """Whether the sampled tokens' log-probabilities are wanted."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Sample:
 
     ids: tuple[int, ...]
     finish_reason: str
+    logps: tuple[float, ...] = ()
+    """Of a probe: log-probability of each token, in nats, in the distribution that it was drawn
+    from, that is after temperature and top_p (of a greedy sample: before)."""
 
 
 class Engine(Protocol):
@@ -110,6 +115,7 @@ class VLLMEngine:
             max_model_len=max_length,
             max_num_seqs=config.max_batch,
             seed=0,
+            logprobs_mode="processed_logprobs",
             **options,
         )
         self._vllm, self._config, self._eos = vllm, config, list(eos)
@@ -132,13 +138,30 @@ class VLLMEngine:
                 stop_token_ids=self._eos,
                 seed=r.seed,
                 detokenize=False,
+                logprobs=0 if r.probe else None,  # 0: of the sampled token alone
             )
             for r in requests
         ]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [
-            Sample(tuple(o.outputs[0].token_ids), str(o.outputs[0].finish_reason)) for o in outputs
+            self._sample(request, output) for request, output in zip(requests, outputs, strict=True)
         ]
+
+    @staticmethod
+    def _sample(request: Request, output: Any) -> Sample:
+        if list(output.prompt_token_ids) != list(request.prompt_ids):
+            raise SparringError(
+                f"vLLM read a prompt of {len(request.prompt_ids)} tokens as other "
+                f"{len(output.prompt_token_ids)} tokens; sampling and training would not agree"
+            )
+        done = output.outputs[0]
+        ids = tuple(done.token_ids)
+        logps: tuple[float, ...] = ()
+        if request.probe:
+            logps = tuple(
+                float(at[token].logprob) for token, at in zip(ids, done.logprobs, strict=True)
+            )
+        return Sample(ids, str(done.finish_reason), logps)
 
 
 class TransformersEngine:
@@ -184,6 +207,7 @@ class TransformersEngine:
             ids[row, width - len(request.prompt_ids) :] = torch.tensor(list(request.prompt_ids))
             mask[row, width - len(request.prompt_ids) :] = 1
         where = self._model.device
+        probes = _Probes([row for row, request in enumerate(requests) if request.probe])
         with torch.no_grad():
             output = self._model.generate(
                 input_ids=ids.to(where),
@@ -194,26 +218,59 @@ class TransformersEngine:
                     eos_token_id=self._eos,
                     pad_token_id=pad,
                 ),
-                logits_processor=LogitsProcessorList(self._processors(requests)),
+                logits_processor=LogitsProcessorList(self._processors(requests, probes)),
             )
-        return [self._cut(row) for row in output[:, width:].tolist()]
+        return probes.complete([self._cut(row) for row in output[:, width:].tolist()])
 
-    def _processors(self, requests: Sequence[Request]) -> list[Any]:
+    def _processors(self, requests: Sequence[Request], probes: _Probes) -> list[Any]:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         config = self._config
-        if config.temperature == 0:
-            return []
-        chain: list[Any] = [TemperatureLogitsWarper(float(config.temperature))]
-        if config.top_p < 1:
-            chain.append(TopPLogitsWarper(float(config.top_p)))
-        return [*chain, _gumbel([r.seed for r in requests])]
+        chain: list[Any] = []
+        if config.temperature > 0:
+            chain.append(TemperatureLogitsWarper(float(config.temperature)))
+            if config.top_p < 1:
+                chain.append(TopPLogitsWarper(float(config.top_p)))
+        if probes.rows:
+            chain.append(probes.processor())
+        if config.temperature > 0:
+            chain.append(_gumbel([r.seed for r in requests]))
+        return chain
 
     def _cut(self, ids: list[int]) -> Sample:
         for place, token in enumerate(ids):
             if token in self._eos:
                 return Sample(tuple(ids[: place + 1]), "stop")
         return Sample(tuple(ids), "length")
+
+
+class _Probes:
+    """The distributions that transformers' generate draws some rows from, step by step."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+        self._steps: list[Any] = []
+
+    def processor(self) -> Any:
+        """A logits processor that keeps what it sees and changes nothing."""
+        from transformers import LogitsProcessor
+
+        rows, steps = self.rows, self._steps
+
+        class Keep(LogitsProcessor):  # type: ignore[misc]
+            def __call__(self, input_ids: Any, scores: Any) -> Any:
+                steps.append(scores[rows].float().log_softmax(-1))
+                return scores
+
+        return Keep()
+
+    def complete(self, samples: list[Sample]) -> list[Sample]:
+        """The batch's samples, the probed ones with the log-probabilities of their tokens."""
+        for n, row in enumerate(self.rows):
+            ids = samples[row].ids
+            logps = tuple(float(self._steps[place][n, token]) for place, token in enumerate(ids))
+            samples[row] = replace(samples[row], logps=logps)
+        return samples
 
 
 def _gumbel(seeds: Sequence[int]) -> Any:

@@ -7,82 +7,168 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
-from sparring.alignment.judges.protocol import Judge, checked_matrix
-from sparring.alignment.judging import Group, group_responses, make_judge
+from sparring.alignment.games import best_responses, cross_play, pairwise_probabilities
+from sparring.alignment.judges.protocol import Judge, Metered
+from sparring.alignment.judging import Group, cache_notes, group_responses, make_judge
+from sparring.alignment.matches import Players, play, read_players, read_samples
 from sparring.alignment.prompting import read_prompt_set
-from sparring.alignment.rows import Prompt, Response
+from sparring.alignment.response_files import with_ids
 from sparring.alignment.stages import EvaluateStage
-from sparring.alignment.statistics import bootstrap_mean
-from sparring.launch.rows import read_rows
+from sparring.alignment.statistics import bootstrap_mean, fit_logistic
+from sparring.alignment.win_rates import length_controlled_win_rate, verdicts
+from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.stages import Context, Figures
+
+
+class _Options(TypedDict):
+    seed: int
+    level: float
 
 
 class _Measure:
     """Means with intervals over responses, resampling base questions."""
 
     def __init__(self, groups: Sequence[Group], seed: int, level: float) -> None:
-        self._labels = [prompt.group for prompt, rows in groups for _ in rows]
-        self._seed, self._level = seed, level
+        self.labels = [prompt.group for prompt, rows in groups for _ in rows]
+        self.prompts = [prompt.prompt_id for prompt, rows in groups for _ in rows]
+        self.options: _Options = {"seed": seed, "level": level}
 
     def __call__(self, values: Sequence[float]) -> list[float]:
         mean, low, high = bootstrap_mean(
-            np.asarray(values, dtype=np.float64),
-            groups=self._labels,
-            seed=self._seed,
-            level=self._level,
+            np.asarray(values, dtype=np.float64), groups=self.labels, **self.options
         )
         return [float(mean), float(low), float(high)]
-
-
-def _read(inputs: Mapping[str, Path], name: str, prompts: Sequence[Prompt]) -> list[Group]:
-    rows = read_rows(inputs[name] / "responses.parquet", Response)
-    return group_responses(prompts, rows)
-
-
-def win_rates(judge: Judge, ours: Sequence[Group], theirs: Sequence[Group]) -> list[float]:
-    """A response each: 1 where ours beats theirs of the same prompt and k, ½ for a tie, else 0."""
-    prompts = [prompt for prompt, rows in ours for _ in rows]
-    texts = [
-        [a.text, b.text]
-        for (_, mine), (_, other) in zip(ours, theirs, strict=True)
-        for a, b in zip(mine, other, strict=True)
-    ]
-    logits = checked_matrix(judge, prompts, texts)
-    margin = logits[:, 0, 1] - logits[:, 1, 0]
-    return [0.5 + 0.5 * float(np.sign(m)) for m in margin]
 
 
 def run(
     config: EvaluateStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
-    """Figures are [mean, low, high]; `base`, `previous` and `current` are sampled responses."""
+    """Figures are [mean, low, high]; `base`, `previous`, `against.N`, `current` are responses.
+
+    Raises:
+        UsageError: neither responses nor a leaderboard to run, or one without what it needs.
+        SparringError: policies that answered other prompts, and what judging raises.
+    """
+    if "current" not in inputs and not config.lm_eval:
+        raise UsageError(
+            "nothing to evaluate: give --prompts and --current (sampled responses), or --model and "
+            "--lm-eval TASK"
+        )
+    if config.lm_eval and "model" not in inputs:
+        raise UsageError(f"--lm-eval {' '.join(config.lm_eval)} needs --model, the policy to run")
+    figures = _held_out(config, inputs, context) if "current" in inputs else {}
+    if config.lm_eval:  # last: the harness sets the seeds of every library
+        from sparring.alignment.harness import leaderboards
+        from sparring.alignment.models import device
+
+        figures |= leaderboards(
+            inputs["model"],
+            config.lm_eval,
+            own_tasks=inputs.get("lm_eval_path"),
+            dtype=config.dtype,
+            batch=config.batch,
+            device=str(device()),
+            limit=config.lm_eval_limit,
+        )
+    return figures
+
+
+def _held_out(config: EvaluateStage, inputs: Mapping[str, Path], context: Context) -> Figures:
+    """Figures of the sampled responses."""
+    if "prompts" not in inputs:
+        raise UsageError("responses are evaluated with the prompts they answer: give --prompts")
     prompts = read_prompt_set(inputs["prompts"])
-    current = _read(inputs, "current", prompts)
+    current = read_samples(inputs["current"], prompts)
+    if not current:
+        raise SparringError(f"{inputs['current']} holds no responses; sample some first")
     measure = _Measure(current, context.seed, config.level)
     rows = [row for _, group in current for row in group]
     figures: Figures = {
+        "prompts": len(current),
+        "groups": len({prompt.group for prompt, _ in current}),
         "responses": len(rows),
-        "length": measure([float(len(row.response_ids)) for row in rows]),
-        "cut": measure([float(row.finish_reason == "length") for row in rows]),
+        "characters": measure([float(len(row.text)) for row in rows]),
     }
+    if all(row.prompt_ids for row in rows):  # sampled, and not a file's texts
+        figures["length"] = measure([float(len(row.response_ids)) for row in rows])
+        figures["cut"] = measure([float(row.finish_reason == "length") for row in rows])
     if config.use_judge:
-        judge = make_judge(config.judge)
-        texts = [[row.text for row in group] for _, group in current]
-        details = judge.details([prompt for prompt, _ in current], texts)
-        figures |= {name: measure(values.ravel().tolist()) for name, values in details.items()}
-        for name in ("base", "previous"):
-            if name in inputs:
-                other = _read(inputs, name, prompts)
-                figures[f"win_rate_{name}"] = measure(win_rates(judge, current, other))
+        judge, chunk = make_judge(config.judge), config.judge.chunk
+        for note in cache_notes(judge):
+            context.emit(note=f"judge.cache: {note}")
+        figures |= _details(judge, current, measure, chunk)
+        players = read_players(inputs, prompts, current)
+        if players.opponents:
+            figures |= _matches(judge, players, measure, chunk, context)
+        if isinstance(judge, Metered):
+            figures["judge_usage"] = judge.usage()
     human = all(prompt.real is not None for prompt, _ in current)
     if human:
         figures["human_or_generated"] = _separability(current, context.seed)
     if "model" in inputs and (config.kl or human):
+        current = _encoded(config, inputs["model"], current)
         figures |= _model_figures(config, inputs, current, measure, human=human)
+    return figures
+
+
+def _encoded(config: EvaluateStage, model: Path, groups: Sequence[Group]) -> list[Group]:
+    """Responses with token ids; those of files are texts."""
+    prompts = {prompt.prompt_id: prompt for prompt, _ in groups}
+    rows = [row for _, rows in groups for row in rows]
+    encoded = with_ids(
+        rows, prompts, model, template=config.template, limit=config.max_response_tokens
+    )
+    return group_responses(prompts.values(), encoded)
+
+
+def _details(judge: Judge, current: Sequence[Group], measure: _Measure, chunk: int) -> Figures:
+    """The judge's own figures of each response."""
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(current), chunk):
+        part = current[start : start + chunk]
+        texts = [[row.text for row in rows] for _, rows in part]
+        for name, values in judge.details([prompt for prompt, _ in part], texts).items():
+            found.setdefault(name, []).extend(values.ravel().tolist())
+    return {name: measure(values) for name, values in found.items()}
+
+
+def _matches(
+    judge: Judge, players: Players, measure: _Measure, chunk: int, context: Context
+) -> Figures:
+    """Win rates against each opponent, and the game of all of them where there are three."""
+    ours = len(players.names) - 1
+    if ours == 0:  # every opponent is the current policy's own sample
+        logits = np.zeros((len(measure.labels), 1, 1), dtype=np.float32)
+    else:
+        logits = play(
+            judge,
+            players,
+            chunk=chunk,
+            report=lambda done, total: context.emit(done=done, total=total, unit="matches"),
+        )
+    # AlpacaEval's unit of length, and one that two tokenizers share.
+    lengths = [[len(row.text) for _, rows in groups for row in rows] for groups in players.samples]
+    figures: Figures = {}
+    for title, theirs in players.opponents.items():
+        wins = verdicts(logits, ours, theirs)
+        figures[f"win_rate_{title}"] = measure(wins.tolist())
+        controlled = length_controlled_win_rate(
+            wins, lengths[ours], lengths[theirs], groups=measure.labels, **measure.options
+        )
+        if controlled:
+            figures[f"lc_win_rate_{title}"] = list(controlled)
+    if len(players.names) >= 3:
+        chances = pairwise_probabilities(logits)
+        matrix = {"policies": list(players.names)}
+        game = cross_play(chances, groups=measure.labels, **measure.options)
+        names = [name for name in game if name.startswith(("payoff", "duality"))]
+        figures["cross_play"] = matrix | {name: game.pop(name) for name in names}
+        figures |= game
+        figures |= best_responses(chances, measure.prompts, measure.labels, **measure.options)
     return figures
 
 
@@ -143,7 +229,8 @@ def _separability(groups: Sequence[Group], seed: int) -> list[float]:
         texts += [prompt.real or "", rows[0].text]
         labels += [1.0, 0.0]
         owners += [prompt.group, prompt.group]
-    features = relevance.embed(texts)
+    features = np.asarray(relevance.embed(texts), dtype=np.float64)
+    design = np.hstack([features, np.ones((len(features), 1))])
     folds = np.random.default_rng(seed).permutation(len(set(owners))) % 5
     fold_of = dict(zip(dict.fromkeys(owners), folds.tolist(), strict=True))
     fold = np.array([fold_of[owner] for owner in owners])
@@ -152,27 +239,8 @@ def _separability(groups: Sequence[Group], seed: int) -> list[float]:
     for number in range(5):
         held = fold == number
         if held.any():
-            weights = _logistic(features[~held], target[~held])
-            right[held] = (_scores(features[held], weights) > 0) == (target[held] > 0.5)
+            ridge = 1e-2 * (~held).sum() / design.shape[1]
+            weights = fit_logistic(design[~held], target[~held], ridge=ridge)[0]
+            right[held] = (design[held] @ weights > 0) == (target[held] > 0.5)
     mean, low, high = bootstrap_mean(right, groups=owners, seed=seed)
     return [float(mean), float(low), float(high)]
-
-
-def _scores(features: Any, weights: Any) -> Any:
-    return features @ weights[:-1] + weights[-1]
-
-
-def _logistic(features: Any, target: Any, *, penalty: float = 1e-2, steps: int = 30) -> Any:
-    """Ridge logistic regression by Newton's method; returns weights with the intercept last."""
-    design = np.hstack([features, np.ones((len(features), 1))]).astype(np.float64)
-    weights = np.zeros(design.shape[1])
-    ridge = penalty * len(design) * np.eye(design.shape[1]) / design.shape[1]
-    for _ in range(steps):
-        chance = 1 / (1 + np.exp(-design @ weights))
-        slope = design.T @ (chance - target) + ridge @ weights
-        curve = (design * (chance * (1 - chance))[:, None]).T @ design + ridge
-        change = np.linalg.solve(curve, slope)
-        weights -= change
-        if np.abs(change).max() < 1e-8:
-            break
-    return weights

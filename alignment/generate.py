@@ -8,6 +8,7 @@ from pathlib import Path
 from sparring.alignment import tokens
 from sparring.alignment.engines import Request, build_engine
 from sparring.alignment.prompt_files import load_prompts
+from sparring.alignment.prompting import is_prompt_set
 from sparring.alignment.rows import Prompt, Response
 from sparring.alignment.stages import GenerateStage
 from sparring.launch import shards
@@ -20,13 +21,13 @@ from sparring.launch.stages import Context, Figures
 def read_prompts(path: Path, stage: GenerateStage) -> list[Prompt]:
     """This stage's share of a prompts artifact, or of a plain JSONL or parquet file."""
     file = path / f"{stage.part}.parquet"
-    prompts = read_rows(file, Prompt) if path.is_dir() else load_prompts(str(path))
+    prompts = read_rows(file, Prompt) if is_prompt_set(path) else load_prompts(path)
     end = stage.start + stage.count if stage.count else len(prompts)
     if end > len(prompts):
         raise SparringError(
             f"{path} has {len(prompts)} prompts, but {stage.start} to {end} were asked for"
         )
-    return prompts[stage.start : end]
+    return shards.portion(prompts[stage.start : end], stage.chunk, stage.shard)
 
 
 def run(
@@ -55,11 +56,14 @@ def run(
         world=context.world,
     )
 
+    probes = _probes([p.prompt_id for p in prompts if p.prompt_id in ids], config.probes)
+
     def sample(chunk: Sequence[Prompt]) -> list[Response]:
         keys = [(p, k) for p in chunk if p.prompt_id in ids for k in range(config.k)]
         seeds = [derive(context.seed, p.prompt_id, k) for p, k in keys]
         requests = [
-            Request(ids[p.prompt_id], seed) for (p, _), seed in zip(keys, seeds, strict=True)
+            Request(ids[p.prompt_id], seed, probe=k == 0 and p.prompt_id in probes)
+            for (p, k), seed in zip(keys, seeds, strict=True)
         ]
         return [
             Response(
@@ -71,12 +75,19 @@ def run(
                 response_ids=sample.ids,
                 finish_reason=sample.finish_reason,
                 seed=seed,
+                logps=sample.logps,
             )
             for (p, k), seed, sample in zip(keys, seeds, engine.sample(requests), strict=True)
         ]
 
     shards.make(prompts, config.chunk, Response, sample, context, unit="prompts")
     return {}
+
+
+def _probes(prompt_ids: Sequence[str], count: int) -> set[str]:
+    """Prompts whose first response the parity gate checks: evenly spread over all ranks' shards."""
+    count = min(count, len(prompt_ids))
+    return {prompt_ids[n * len(prompt_ids) // count] for n in range(count)}
 
 
 def _longest(model: Path, ids: Mapping[str, Sequence[int]], max_new_tokens: int) -> int:

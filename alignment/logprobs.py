@@ -100,6 +100,53 @@ class ScoredPolicy(nn.Module):
 
 
 @torch.no_grad()
+def sampling_logps(
+    policy: ScoredPolicy,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """What a sampler should report: each token's log-probability after temperature and top_p.
+
+    log q(y_n) = log p_T(y_n) − log p_T(nucleus), where p_T = softmax(logits/T) and the nucleus is
+    the fewest most likely tokens that together reach top_p (arXiv 1904.09751).
+
+    Args:
+        policy: on its device; one row needs no padding.
+        prompt_ids, response_ids: token ids.
+        temperature: T > 0; of greedy samples take 1, which is what engines report.
+        top_p: in (0, 1].
+
+    Returns:
+        (N,) float32 log-probabilities in nats, and (N,) float32: the probability of all tokens that
+        are more likely. A token is in the nucleus where that is below `top_p`; where it is not, the
+        first value is log p_T(y_n) − log p_T(nucleus) all the same.
+    """
+    model = policy.model
+    device = model.device
+    ids_1T = torch.tensor([[*prompt_ids, *response_ids]], device=device)
+    hidden_1TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    first = len(prompt_ids)
+    hidden_NH = hidden_1TH[0, first - 1 : -1]
+    logps, above = [], []
+    for n in range(0, len(hidden_NH), policy.logits_chunk):
+        part = slice(n, n + policy.logits_chunk)
+        logits = model.get_output_embeddings()(hidden_NH[part]).float() / temperature
+        logp_NV = logits.log_softmax(-1)
+        chosen_N1 = logp_NV.gather(1, ids_1T[0, first:][part].unsqueeze(1))
+        above.append(logp_NV.exp().masked_fill(logp_NV <= chosen_N1, 0).sum(1))
+        if top_p < 1:
+            sorted_NV = logp_NV.exp().sort(descending=True).values
+            before_NV = sorted_NV.cumsum(1) - sorted_NV
+            nucleus_N1 = sorted_NV.masked_fill(before_NV >= top_p, 0).sum(1, keepdim=True)
+            chosen_N1 = chosen_N1 - nucleus_N1.log()
+        logps.append(chosen_N1.squeeze(1))
+    return torch.cat(logps).cpu(), torch.cat(above).cpu()
+
+
+@torch.no_grad()
 def response_logps(
     policy: ScoredPolicy,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],

@@ -14,6 +14,7 @@ from sparring.alignment.algorithms import REAL_GENERATED, pair_rule
 from sparring.alignment.judging import group_responses
 from sparring.alignment.pairs import Dropped
 from sparring.alignment.prompting import read_prompt_set
+from sparring.alignment.response_files import read_responses, with_ids
 from sparring.alignment.rows import Judged, Pair, Response
 from sparring.alignment.stages import PairStage
 from sparring.launch.errors import SparringError
@@ -24,7 +25,7 @@ from sparring.launch.stages import Context, Figures, load
 
 def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Write ``pairs.parquet`` (this iteration's, with the previous one's where mixed in)."""
-    responses = read_rows(inputs["responses"] / "responses.parquet", Response)
+    responses = read_responses(inputs["responses"])
     made = (
         _real_generated(config, inputs, responses)
         if config.rule == REAL_GENERATED
@@ -76,10 +77,26 @@ def _real_generated(
             yield rules.real_generated(prompt, response, real)
 
 
+def _encoded(
+    config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
+) -> list[Response]:
+    """Responses of the user's own files, as tokens."""
+    if "model" not in inputs:
+        raise SparringError(
+            f"the responses of {inputs['responses']} are texts without token ids; give --model, "
+            "the policy whose tokenizer encodes them"
+        )
+    prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
+    limit = config.max_response_tokens
+    return with_ids(responses, prompts, inputs["model"], template=config.template, limit=limit)
+
+
 def _judged(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response], seed: int
 ) -> Iterable[Pair | Dropped]:
     rule = load(pair_rule(config.rule))
+    if any(not row.prompt_ids for row in responses):
+        responses = _encoded(config, inputs, responses)
     judged = {r.prompt_id: r for r in read_rows(inputs["judged"] / "judged.parquet", Judged)}
     groups = group_responses(read_prompt_set(inputs["prompts"]), responses)
     for prompt, rows in groups:

@@ -1,8 +1,8 @@
 """Pair rules: which responses to a prompt the losses compare.
 
 A rule on judged responses is one function ``(judged, responses, *, convention, min_margin, rng)``,
-named in `algorithms.PAIR_RULES` or by a plug-in. It gives a `Pair`, the reason why there is none, or
-a list of these, so that a stage can count the reasons and nothing disappears unreported.
+named in `algorithms.PAIR_RULES` or by a plug-in. It gives a `Pair`, the reason why there is none,
+or a list of these, so that a stage can count the reasons and nothing disappears unreported.
 """
 
 from __future__ import annotations

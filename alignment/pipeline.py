@@ -15,6 +15,7 @@ from sparring.alignment.stages import (
     JUDGE,
     MODEL,
     PAIR,
+    PARITY,
     PROMPTS,
     REFERENCE,
     STAGES,
@@ -22,7 +23,7 @@ from sparring.alignment.stages import (
 )
 from sparring.launch.config import at, plain
 from sparring.launch.seeds import derive
-from sparring.launch.stages import Stage, Step
+from sparring.launch.stages import Stage, Step, numbered
 
 
 class _Chain:
@@ -58,13 +59,28 @@ class _Chain:
 
     def train_samples(self, t: int, policy: str) -> str:
         prompts = self.recipe.prompts
-        settings: dict[str, Any] = {"iteration": t, "part": "train"}
+        probes = self.recipe.parity.probes
+        settings: dict[str, Any] = {"iteration": t, "part": "train", "probes": probes}
         if prompts.fresh:
             share = prompts.train // self.recipe.iterations
             settings |= {"start": t * share, "count": share}
         if not self.algorithm.needs_judge:
             settings["k"] = 1
-        return self.sample(f"iter{t}", policy, settings)
+        responses = self.sample(f"iter{t}", policy, settings)
+        if probes:
+            self.parity(t, policy, responses)
+        return responses
+
+    def parity(self, t: int, policy: str, responses: str) -> None:
+        """The gate that stops the run where sampler and trainer disagree about the samples."""
+        generate = self.recipe.generate
+        settings = vars(self.recipe.parity) | {
+            "temperature": generate.temperature,
+            "top_p": generate.top_p,
+            "template": generate.template,
+            "dtype": self.recipe.model.dtype,
+        }
+        self.add(f"iter{t}", PARITY, settings, model=policy, prompts="prompts", responses=responses)
 
     def pairs(self, t: int, policy: str, previous: str | None) -> str:
         recipe = self.recipe
@@ -90,8 +106,14 @@ class _Chain:
         )
 
     def evaluate(self, t: int, policy: str, samples: Mapping[int, str]) -> None:
-        """Evaluate π̂_t, the outcome of t iterations, against π_0 and π̂_{t-1}."""
+        """Evaluate π̂_t, the outcome of t iterations, against π_0 and π̂_{t-1}.
+
+        The last one meets all iterates, which makes the cross-play matrix.
+        """
         recipe = self.recipe
+        last = t == recipe.iterations
+        between = [samples[n] for n in range(1, t - 1)] if self.algorithm.needs_judge else []
+        own_tasks = recipe.evaluate.lm_eval_path if recipe.evaluate.lm_eval else ""
         settings = {
             "judge": recipe.judge,
             "use_judge": self.algorithm.needs_judge,
@@ -100,6 +122,10 @@ class _Chain:
             "level": recipe.evaluate.level,
             "dtype": recipe.model.dtype,
             "max_response_tokens": recipe.pair.max_response_tokens,
+            "template": recipe.generate.template,
+            # Leaderboards are dear: of the start and of the result.
+            "lm_eval": recipe.evaluate.lm_eval if last or not t else (),
+            "lm_eval_limit": recipe.evaluate.lm_eval_limit,
         }
         self.add(
             f"heldout{t}",
@@ -111,6 +137,8 @@ class _Chain:
             previous=samples[t - 1] if t > 1 else None,
             model=policy,
             base_model="model" if t else None,
+            lm_eval_path=f"path:{own_tasks}" if settings["lm_eval"] and own_tasks else None,
+            **(numbered("against", between) if last else {}),
         )
 
     def heldout(self, t: int, policy: str, samples: dict[int, str]) -> None:
@@ -120,6 +148,7 @@ class _Chain:
             "k": self.recipe.evaluate.k,
             "temperature": self.recipe.evaluate.temperature,
             "top_p": 1.0,
+            "probes": 0,
         }
         samples[t] = self.sample(f"heldout{t}", policy, settings)
         self.evaluate(t, policy, samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,7 @@ def load_prompts(path_or_id: str | Path, split_name: str = "train") -> list[Prom
         SparringError: nothing there, a malformed line or row (named), no prompts, duplicate ids.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_file() and path.suffix in {".jsonl", ".json", ".ndjson"}:
-        rows: Iterable[tuple[str, Any]] = _jsonl_rows(path)
-    elif path.is_file() and path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.is_file():
-        raise SparringError(f"{path}: prompts are read from .jsonl or .parquet files")
-    else:
-        rows = _dataset_rows(str(path_or_id), path, split_name)
+    rows = file_rows(path) if path.is_file() else _dataset_rows(str(path_or_id), path, split_name)
     prompts = [_prompt(where, number, row) for number, (where, row) in enumerate(rows)]
     if not prompts:
         raise SparringError(f"{path_or_id}: there are no prompts in it")
@@ -49,6 +42,21 @@ def load_prompts(path_or_id: str | Path, split_name: str = "train") -> list[Prom
             )
         seen[prompt.prompt_id] = number
     return prompts
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSONL or parquet file, each with how a message names its place.
+
+    Raises:
+        SparringError: no such file, another kind of file, or a line that is no JSON.
+    """
+    if not path.is_file():
+        raise SparringError(f"{path}: no such file")
+    if path.suffix in {".jsonl", ".json", ".ndjson"}:
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    raise SparringError(f"{path}: rows are read from .jsonl or .parquet files")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:

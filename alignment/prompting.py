@@ -9,6 +9,7 @@ from sparring.alignment.config import PromptsConfig
 from sparring.alignment.prompt_files import load_prompts
 from sparring.alignment.prompts import chitchat_prompts, constraint_prompts, split
 from sparring.alignment.rows import Prompt
+from sparring.launch import artifacts
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures
 
@@ -24,7 +25,11 @@ def run(
 ) -> Figures:
     """Write ``train.parquet`` and ``heldout.parquet``."""
     prompts = prompts_of(config.source, seed=context.seed, split_name=config.split)
-    train, heldout = split(prompts, heldout=config.heldout, train=config.train, seed=context.seed)
+    if config.train:
+        chosen = split(prompts, heldout=config.heldout, train=config.train, seed=context.seed)
+    else:  # all, as they come
+        chosen = prompts, []
+    train, heldout = chosen
     write_rows(output / "train.parquet", Prompt, train)
     write_rows(output / "heldout.parquet", Prompt, heldout)
     return {
@@ -35,9 +40,14 @@ def run(
     }
 
 
+def is_prompt_set(path: Path) -> bool:
+    """Whether a path is a prompts artifact, and no file or data set of the user's."""
+    return (path / artifacts.MANIFEST).is_file() or (path / "heldout.parquet").is_file()
+
+
 def read_prompt_set(path: Path) -> list[Prompt]:
-    """All prompts of a prompts artifact, or of a plain JSONL or parquet file."""
-    if not path.is_dir():
-        return load_prompts(str(path))
+    """All prompts of a prompts artifact, or of a JSONL or parquet file or saved data set."""
+    if not is_prompt_set(path):
+        return load_prompts(path)
     parts = (path / "train.parquet", path / "heldout.parquet")
     return [row for part in parts for row in read_rows(part, Prompt)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparring.alignment.algorithms import algorithm
 from sparring.alignment.config import Recipe
+from sparring.alignment.health import health_sections
 from sparring.alignment.rows import Prompt, Response
+from sparring.alignment.tables import aligned, cell
 from sparring.launch import artifacts
 from sparring.launch.artifacts import Artifact
 from sparring.launch.config import plain
@@ -23,10 +26,18 @@ LABELS = {
     "relevance": "relevance",
     "gated": "passed, but off topic",
     "win_rate_base": "win rate vs start",
+    "lc_win_rate_base": "LC win rate vs start",
     "win_rate_previous": "win rate vs previous",
+    "lc_win_rate_previous": "LC win rate vs previous",
+    "exploitability_last": "exploitability",
+    "exploitability_average": "exploitability of the average",
+    "best_response_last": "exploitability by prompt",
+    "best_response_average": "exploitability by prompt, average",
+    "cyclicity": "cyclic share of the payoff",
     "human_logp_per_token": "log p(human) a token",
     "human_or_generated": "human/generated accuracy",
     "length": "tokens",
+    "characters": "characters",
     "cut": "cut at the limit",
     "kl": "KL from start (nats)",
 }
@@ -42,29 +53,49 @@ def evaluations(recipe: Recipe, run: Path) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    mean, low, high = value
-    digits = 1 if abs(mean) >= 10 else 3
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def intervals(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that are [mean, low, high], leaderboards' values with 1.96 standard errors."""
+    found = {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, list) and len(value) == 3 and not isinstance(value[0], (str, list))
+    }
+    for task, metrics in figures.get("lm_eval", {}).items():
+        for metric, result in metrics.items():
+            value, error = result["value"], 1.96 * (result["stderr"] or 0.0)
+            found[f"{task} {metric}"] = [value, value - error, value + error]
+    return found
 
 
 def _columns(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
-    intervals = {name for _, figures in rows for name, v in figures.items() if isinstance(v, list)}
-    known = [name for name in LABELS if name in intervals]
-    return known + sorted(intervals - set(known))  # a plug-in judge's own figures come last
+    """Known figures in their order, win rates against others, then a judge's own and tasks."""
+    shown = dict.fromkeys(name for _, figures in rows for name in intervals(figures))
+    known = [name for name in LABELS if name in shown]
+    others = [name for name in shown if name not in LABELS]
+    return known + sorted(others, key=lambda name: "win_rate_vs" not in name)
 
 
 def _label(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " "))
+    for start, text in (("lc_win_rate_vs_", "LC win rate vs "), ("win_rate_vs_", "win rate vs ")):
+        if name.startswith(start):
+            return text + _policy(name.removeprefix(start))
+    # A task of a leaderboard with its metric keeps the name it is published under.
+    return LABELS.get(name, name if " " in name else name.replace("_", " "))
+
+
+def _policy(name: str, last: int | None = None) -> str:
+    """What a reader calls a policy of the matrix; `last` is the iterate that is evaluated."""
+    roles = {"base": "start"}
+    if last is not None:
+        roles |= {"previous": f"iterate {last - 1}", "current": f"iterate {last}"}
+    return roles.get(name, re.sub(r"^heldout(\d+)$", r"iterate \1", name))
 
 
 def _grid(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
     """The evaluations as cells: a heading line, then a line a figure."""
     lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
     return lines + [
-        [_label(name), *(_cell(f.get(name)) for _, f in rows)] for name in _columns(rows)
+        [_label(name), *(cell(intervals(f).get(name)) for _, f in rows)] for name in _columns(rows)
     ]
 
 
@@ -73,17 +104,84 @@ def table(recipe: Recipe, run: Path) -> str:
     rows = evaluations(recipe, run)
     if not rows:
         return "nothing was evaluated yet"
-    lines = _grid(rows)
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, "  ".join("-" * w for w in widths))
+    text = aligned(_grid(rows))
     prompts = artifacts.read(run / "prompts")
     count = prompts.figures["heldout"] if prompts else 0
     level = round(100 * recipe.evaluate.level)
     text.append(
         f"{count} held-out prompts, {recipe.evaluate.k} responses each; {level} % intervals"
     )
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
+
+
+def evaluation_text(folder: Path) -> str:
+    """What `sparring evaluate` shows of its result: figures, payoff matrix, counts."""
+    artifact = artifacts.read(folder)
+    if artifact is None:
+        return f"{folder} holds no finished evaluation"
+    figures = artifact.figures
+    names = _columns([(0, figures)])
+    text = []
+    if names:
+        shown = intervals(figures)
+        text = aligned([["figure", "value"], *([_label(n), cell(shown[n])] for n in names)])
+    if "cross_play" in figures:
+        text += ["", *aligned(_payoff(figures["cross_play"]))]
+    if "responses" in figures:
+        level = round(100 * artifact.manifest["config"]["level"])
+        text += [
+            f"{figures['prompts']} prompts in {figures['groups']} groups, {figures['responses']} "
+            f"responses; {level} % intervals over groups"
+        ]
+    if "lm_eval" in figures:
+        text += [f"lm-evaluation-harness {figures['lm_eval_version']}: value and 1.96 errors"]
+    return "\n".join(text)
+
+
+def _payoff(game: Mapping[str, Any], last: int | None = None) -> list[list[str]]:
+    """P(row beats column) as cells, with a heading line."""
+    names = [_policy(name, last) for name in game["policies"]]
+    lines = [["row beats column", *names]]
+    for a, name in enumerate(names):
+        triples = zip(game["payoff"][a], game["payoff_low"][a], game["payoff_high"][a], strict=True)
+        lines.append([name, *("-" if a == b else cell(t) for b, t in enumerate(triples))])
+    return lines
+
+
+def _cross_play(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Section]:
+    """The last evaluation in which at least three policies met."""
+    met = [(t, figures) for t, figures in rows if "cross_play" in figures]
+    if not met:
+        return []
+    last, figures = met[-1]
+    heading, *lines = _payoff(figures["cross_play"], last)
+    shown = [
+        f"{_label(name)} {cell(figures.get(name))}"
+        for name in (
+            "exploitability_last",
+            "exploitability_average",
+            "best_response_last",
+            "best_response_average",
+            "cyclicity",
+        )
+    ]
+    note = (
+        "Probability that the row's policy beats the column's, both orders heard. Exploitability "
+        "is how far above ½ the best of these policies wins, against the last one and against "
+        "drawing one of all with equal chances; a policy outside the table may win by more. "
+        f"{'; '.join(shown)}."
+    )
+    return [Section("Cross-play", note=note, columns=heading, rows=lines)]
+
+
+def _health(recipe: Recipe, run: Path) -> list[Section]:
+    """How the judge did on the responses of each iteration."""
+    found = {}
+    for t in range(recipe.iterations):
+        artifact = artifacts.read(run / f"iter{t}" / "judge")
+        if artifact and artifact.figures.get("health"):
+            found[f"iteration {t + 1}"] = artifact.figures["health"]
+    return health_sections(found)
 
 
 def summary(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -95,7 +193,7 @@ def summary(recipe: Recipe, run: Path) -> dict[str, Any]:
 def _charts(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Chart]:
     charts = []
     for name in _columns(rows):
-        points = [(t, f[name]) for t, f in rows if name in f]
+        points = [(t, intervals(f)[name]) for t, f in rows if name in intervals(f)]
         if len(points) < 2:
             continue
         columns = list(zip(*(value for _, value in points), strict=True))
@@ -169,7 +267,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         charts=_charts(rows),
     )
     shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
-    sections = [held_out, Section("Training", charts=list(_training(recipe, run)))]
+    sections = [held_out, *_cross_play(rows)]
+    sections += [Section("Training", charts=list(_training(recipe, run))), *_health(recipe, run)]
     samples = _samples(recipe, run)
     if samples:
         sections.append(samples)

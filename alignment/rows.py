@@ -49,6 +49,9 @@ class Response:
     """Ends with exactly one EOS when finish_reason is "stop", with none when it is "length"."""
     finish_reason: str
     seed: int
+    logps: tuple[float, ...] = ()
+    """Of a probe: the sampler's log-probability of each response token, in nats, at its temperature
+    and top_p; what the parity gate compares. Empty for all other responses."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ class Judged:
     """(K, K) judge logits, row beats column; the diagonal is 0."""
     details: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Judge's own (K,) figures a response, such as passed and relevance."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One judged response among those of its prompt, for best of K and for reading."""
+
+    prompt_id: str
+    k: int
+    rank: int
+    """1 is best; equals share the better rank."""
+    win_probability: float
+    """P̂ over the K responses, self term included; both orders averaged as logits."""
+    text: str
 
 
 @dataclass(frozen=True)

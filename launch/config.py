@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +30,10 @@ def _keys(cls: Any, path: tuple[str | int, ...]) -> list[str]:
     import typing
 
     for part in path:
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        cls = hints.get(str(part))
+        if isinstance(part, int):  # an entry of tuple[Section, ...]
+            cls = next(iter(typing.get_args(cls)), None)
+        else:
+            cls = (typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}).get(part)
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
@@ -89,6 +92,8 @@ def parse(
 ) -> Any:
     """Parse command-line options into a dataclass; `default` is what they override.
 
+    A switch alone means True: ``--kl`` is ``--kl True``.
+
     Raises:
         UsageError: a value that the class itself refuses.
     """
@@ -98,7 +103,7 @@ def parse(
     try:
         return tyro.cli(
             cls,
-            args=arguments,
+            args=_spelt_out(arguments, _switches(cls)),
             prog=prog,
             description=description,
             config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
@@ -106,6 +111,35 @@ def parse(
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _switches(cls: Any, prefix: str = "--") -> set[str]:
+    """Options of a dataclass that are True or False."""
+    import typing
+
+    found: set[str] = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        flat = any(
+            getattr(extra, "name", None) == "" for extra in getattr(hint, "__metadata__", ())
+        )
+        bare = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        option = name.replace("_", "-")
+        if bare is bool:
+            found.add(f"{prefix}{option}")
+        elif dataclasses.is_dataclass(bare):
+            found |= _switches(bare, prefix if flat else f"{prefix}{option}.")
+    return found
+
+
+def _spelt_out(arguments: list[str], switches: set[str]) -> list[str]:
+    """The arguments with "True" behind every switch that has no value."""
+    words: list[str] = []
+    for place, word in enumerate(arguments):
+        words.append(word)
+        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("--")
+        if word.replace("_", "-") in switches and alone:
+            words.append("True")
+    return words
 
 
 def at(schedule: Any, iteration: int) -> Any:
@@ -135,3 +169,17 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")
         ]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} -> {new!r}"]
+
+
+def parse_portion(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", the i-th of n portions, i from 0; "" is all: (0, 1).
+
+    Raises:
+        ValueError: it is not of this form, or i is not below n.
+    """
+    if not text:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"a shard is i/n with i from 0 to n - 1, such as 0/4, not {text!r}")
+    return int(found[1]), int(found[2])

@@ -32,7 +32,8 @@ def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
         (inner,) = [a for a in args if a is not type(None)]
         return _arrow_type(inner)[0], True
     if origin is tuple:
-        return pa.list_(_arrow_type(args[0])[0]), False
+        # "element" is what parquet calls it: files that are read and written again stay the same.
+        return pa.list_(pa.field("element", _arrow_type(args[0])[0])), False
     if origin is dict:
         return pa.map_(_arrow_type(args[0])[0], _arrow_type(args[1])[0]), False
     if dataclasses.is_dataclass(annotation):
@@ -49,6 +50,16 @@ def schema(row_type: Any) -> pa.Schema:
         arrow, nullable = _arrow_type(hints[field.name])
         fields.append(pa.field(field.name, arrow, nullable=nullable))
     return pa.schema(fields)
+
+
+def _optional(row_type: Any) -> set[str]:
+    """Fields with a default, whose columns a file may leave out."""
+    return {
+        field.name
+        for field in dataclasses.fields(row_type)
+        if field.default is not dataclasses.MISSING
+        or field.default_factory is not dataclasses.MISSING
+    }
 
 
 def write_rows(path: Path, row_type: type[Row], rows: Iterable[Row]) -> None:
@@ -85,6 +96,8 @@ def _build(annotation: Any, value: Any) -> Any:
 def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     """Read a parquet file as rows of the given type.
 
+    A column whose field has a default may be missing; the rows then have the default.
+
     Raises:
         SparringError: the file is missing, is not parquet, or lacks a column.
     """
@@ -96,7 +109,9 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     except pa.ArrowInvalid as error:
         raise SparringError(f"{path} is not a readable parquet file: {error}") from error
     wanted = schema(typing.cast(Any, row_type))
-    missing = [name for name in wanted.names if name not in table.column_names]
+    optional = _optional(typing.cast(Any, row_type))
+    absent = [name for name in wanted.names if name not in table.column_names]
+    missing = [name for name in absent if name not in optional]
     if missing:
         raise SparringError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
@@ -104,7 +119,8 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
             f"{', '.join(wanted.names)}"
         )
     try:
-        records = table.select(wanted.names).cast(wanted).to_pylist()
+        given = pa.schema([field for field in wanted if field.name not in absent])
+        records = table.select(given.names).cast(given).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise SparringError(f"{path} does not hold {row_type.__name__} rows: {error}") from error
     hints = typing.get_type_hints(row_type)

@@ -1,7 +1,8 @@
 """Shards: equal pieces of a row-wise stage, spread over ranks, each kept as soon as it is done.
 
 What is in a shard depends on the rows and the chunk size alone, never on the number of ranks, so a
-run started on one rank and resumed on four gives the same file.
+run started on one rank and resumed on four gives the same file. Machines that know nothing of each
+other each make a portion i/n of the shards; `sparring merge` puts their artifacts together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sparring.launch.config import parse_portion
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context
@@ -26,6 +28,22 @@ def _path(work: Path, number: int) -> Path:
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Split rows into pieces of `size`; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def portion(items: Sequence[Item], size: int, shard: str) -> Sequence[Item]:
+    """The rows of portion "i/n": whole chunks, neighbours, so that portions in order are the rows.
+
+    Raises:
+        SparringError: there are fewer chunks than portions, so that some would be empty.
+    """
+    number, count = parse_portion(shard)
+    pieces = -(-len(items) // size)
+    if count > max(pieces, 1):
+        raise SparringError(
+            f"{len(items)} rows in chunks of {size} are {pieces} chunks, too few for {count} "
+            "shards; make fewer shards, or smaller chunks"
+        )
+    return items[number * pieces // count * size : (number + 1) * pieces // count * size]
 
 
 def make(

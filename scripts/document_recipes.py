@@ -12,7 +12,7 @@ import inspect
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sparring.alignment.config import Recipe
 
@@ -87,10 +87,25 @@ def sections() -> list[tuple[str, type]]:
     """Every table of a recipe: its name (empty for the top) and its class."""
     found = [("", Recipe)]
     for name, cls in found:  # grows while it is read
-        for key, inner in get_type_hints(cls).items():
-            if dataclasses.is_dataclass(inner):
-                found.append((f"{name}.{key}".removeprefix("."), inner))  # type: ignore[arg-type]
+        for key, hint in get_type_hints(cls).items():
+            inner = _table(hint)
+            if inner:
+                found.append((f"{name}.{key}".removeprefix("."), inner))
     return sorted(found, key=lambda entry: _place(entry[0]))
+
+
+def _table(hint: Any) -> type | None:
+    """The class of a table, or of the entries of an array of tables."""
+    entry = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
+
+
+def _heading(name: str) -> str:
+    """A table's name as TOML writes it; an array of tables in double brackets."""
+    hint: Any = Recipe
+    for part in name.split("."):
+        hint = get_type_hints(_table(hint))[part]
+    return f"[[{name}]]" if get_origin(hint) is tuple else f"[{name}]"
 
 
 def _place(name: str) -> tuple[int, ...]:
@@ -99,7 +114,7 @@ def _place(name: str) -> tuple[int, ...]:
     place = []
     for part in filter(None, name.split(".")):
         place.append([field.name for field in dataclasses.fields(cls)].index(part))
-        cls = get_type_hints(cls)[part]
+        cls = _table(get_type_hints(cls)[part])
     return tuple(place)
 
 
@@ -107,13 +122,14 @@ def render() -> str:
     """The generated part of the page."""
     lines: list[str] = []
     for name, cls in sections():
-        heading = f"## `[{name}]`" if name else "## Top of the file"
+        heading = f"## `{_heading(name)}`" if name else "## Top of the file"
         about = inspect.getdoc(cls) or ""
         lines += [heading, "", about, "", "| key | value | default | meaning |"]
         lines.append("|---|---|---|---|")
         notes = field_notes(cls)
+        hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(field.default):
+            if _table(hints[field.name]):
                 continue  # a table of its own
             kind, text = notes[field.name]
             cells = [f"`{field.name}`", kind, _default(field), text]

@@ -9,30 +9,55 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparring.alignment.judges.build import build_judge
+    from sparring.alignment.judges.build import build_ensemble, build_judge
+    from sparring.alignment.judges.cache import VerdictCache
+    from sparring.alignment.judges.ensemble import Ensemble, Member
+    from sparring.alignment.judges.llm import LLMJudge
     from sparring.alignment.judges.pairrm import PairRM
-    from sparring.alignment.judges.protocol import Judge, checked_matrix, scores_to_matrix
-    from sparring.alignment.judges.relevance import Relevance
+    from sparring.alignment.judges.pairwise import PairwiseJudge
+    from sparring.alignment.judges.protocol import (
+        Judge,
+        Metered,
+        checked_matrix,
+        scores_to_matrix,
+    )
+    from sparring.alignment.judges.relevance import Relevance, RelevanceJudge
     from sparring.alignment.judges.reward_model import RewardModel
     from sparring.alignment.judges.verifier import VerifierJudge
 
 _HOMES = {
+    "Ensemble": "ensemble",
     "Judge": "protocol",
+    "LLMJudge": "llm",
+    "Member": "ensemble",
+    "Metered": "protocol",
     "PairRM": "pairrm",
+    "PairwiseJudge": "pairwise",
     "Relevance": "relevance",
+    "RelevanceJudge": "relevance",
     "RewardModel": "reward_model",
+    "VerdictCache": "cache",
     "VerifierJudge": "verifier",
+    "build_ensemble": "build",
     "build_judge": "build",
     "checked_matrix": "protocol",
     "scores_to_matrix": "protocol",
 }
 
 __all__ = [
+    "Ensemble",
     "Judge",
+    "LLMJudge",
+    "Member",
+    "Metered",
     "PairRM",
+    "PairwiseJudge",
     "Relevance",
+    "RelevanceJudge",
     "RewardModel",
+    "VerdictCache",
     "VerifierJudge",
+    "build_ensemble",
     "build_judge",
     "checked_matrix",
     "scores_to_matrix",

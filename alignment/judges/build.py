@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from sparring.alignment.config import JudgeMember
+from sparring.alignment.judges.pairwise import PairwiseJudge
 from sparring.alignment.judges.protocol import Judge
 from sparring.launch.errors import UsageError
 
@@ -33,6 +35,12 @@ def _pairrm(path: str | None, **options: Any) -> Judge:
     return PairRM.from_pretrained(path or PAIRRM_HUB_ID, **options)
 
 
+def _relevance(path: str | None, *, device: str | None = None, **settings: Any) -> Judge:
+    from sparring.alignment.judges.relevance import Relevance, RelevanceJudge
+
+    return RelevanceJudge(Relevance(path, device), **settings)
+
+
 def _reward_model(path: str | None, **options: Any) -> Judge:
     if path is None:
         raise UsageError("the judge reward-model needs the path or hub id of a checkpoint")
@@ -41,10 +49,28 @@ def _reward_model(path: str | None, **options: Any) -> Judge:
     return RewardModel.from_pretrained(path, **options)
 
 
+def _llm(path: str | None, **options: Any) -> Judge:
+    if path is None:
+        raise UsageError(
+            "the judge llm needs judge.path: the model's name at the endpoint that base_url names, "
+            "or without base_url a folder or hub id"
+        )
+    from sparring.alignment.judges.llm import LLMJudge
+
+    return LLMJudge.build(path, **options)
+
+
+def _ensemble(path: str | None, **options: Any) -> Judge:
+    raise UsageError("the judge ensemble is made of [[judge.members]] tables, not of options")
+
+
 _BUILT_IN: dict[str, Callable[..., Judge]] = {
     "verifier": _verifier,
+    "relevance": _relevance,
     "pairrm": _pairrm,
     "reward-model": _reward_model,
+    "llm": _llm,
+    "ensemble": _ensemble,
 }
 
 
@@ -70,11 +96,11 @@ def build_judge(name: str, path: str | None = None, **options: Any) -> Judge:
     """Build a judge by name.
 
     Args:
-        name: "verifier", "pairrm", "reward-model" or a plug-in's. A plug-in is a callable
-            `(path, **options) -> Judge`, under the entry-point group `sparring.judges` or named as
-            `module:callable`.
-        path: checkpoint folder or hub id. None means the packaged MiniLM for the verifier and
-            the published PairRM-hf for pairrm; reward-model has no default.
+        name: "verifier", "relevance", "pairrm", "reward-model", "llm" or a plug-in's ("ensemble"
+            is what `build_ensemble` makes). A plug-in is a callable `(path, **options) -> Judge`,
+            under the entry-point group `sparring.judges` or named as `module:callable`.
+        path: checkpoint folder or hub id. None means the packaged MiniLM for verifier and
+            relevance, the published PairRM-hf for pairrm; the others have no default.
         options: for the judge's constructor, such as `batch_size`, `device`, `min_relevance`;
             `relevance=False` runs the verifier without gate and tie-break.
 
@@ -103,6 +129,47 @@ def build_judge(name: str, path: str | None = None, **options: Any) -> Judge:
     return factory(path, **exact)
 
 
+def build_ensemble(members: Sequence[JudgeMember]) -> Judge:
+    """Build the judges of an ensemble, and the ensemble.
+
+    Raises:
+        UsageError: no member, equal labels, an unknown name or option.
+        SparringError: a judge cannot be loaded.
+    """
+    from sparring.alignment.judges.ensemble import Ensemble, Member
+
+    return Ensemble(
+        [
+            Member(m.label or m.name, build_judge(m.name, m.path or None, **m.options), m.weight)
+            for m in members
+        ]
+    )
+
+
+def open_cache(judge: Judge, folder: str) -> list[PairwiseJudge]:
+    """Give every pairwise judge in here, members of an ensemble too, the cache in a folder.
+
+    Returns:
+        The judges that use it.
+
+    Raises:
+        UsageError: there is none: the judge does not ask about single pairs.
+        SparringError: the folder cannot be used.
+    """
+    from sparring.alignment.judges.ensemble import Ensemble
+
+    inside = [m.judge for m in judge.members] if isinstance(judge, Ensemble) else [judge]
+    served = [one for one in inside if isinstance(one, PairwiseJudge)]
+    if not served:
+        raise UsageError(
+            f"judge.cache = {folder!r} has no use: {judge.name} does not judge pair by pair "
+            f"(pairrm and llm do); remove it"
+        )
+    for one in served:
+        one.open_cache(folder)
+    return served
+
+
 def _refuse_unknown(name: str, options: dict[str, Any]) -> None:
     """Name an option a built-in judge does not have, before anything is loaded."""
     if name not in _BUILT_IN or not options:
@@ -122,6 +189,14 @@ def _parameters(name: str) -> list[str]:
 
         own = list(inspect.signature(VerifierJudge).parameters)
         return [*own, "device"]  # `relevance` is there already: here it is a switch
+    if name == "relevance":
+        return ["sharpness", "device"]
+    if name == "ensemble":
+        return []
+    if name == "llm":
+        from sparring.alignment.judges.llm import LLMJudge
+
+        return list(inspect.signature(LLMJudge.build).parameters)[1:]
     if name == "pairrm":
         from sparring.alignment.judges.pairrm import PairRM
 

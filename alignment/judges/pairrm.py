@@ -1,85 +1,47 @@
 """PairRM, the pairwise ranker of LLM-Blender (arXiv 2306.02561), on current transformers.
 
-One DeBERTa pass reads a prompt and two candidates and says which is better. The class here has the
-parameter names of the published `PairRM-hf` layout; llm-blender is not imported.
+One DeBERTa pass reads a prompt and two candidates and says which is better. llm-blender is not
+imported; tests compare with its own classes.
 
-Shape legend: B rows of a batch, T tokens, H hidden size, N prompts or pairs, K responses.
+Shape legend: B rows of a batch, T tokens, N prompts or pairs, K responses.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoTokenizer
 
-from sparring.alignment.judges.protocol import FloatArray, PromptLike, common_k, prompt_text
-from sparring.alignment.judges.weights import (
-    checkpoint_name,
-    load_or_explain,
-    placement,
-    weights_hash,
+from sparring.alignment.judges.cache import Triple
+from sparring.alignment.judges.deberta import DebertaV2Config, DebertaV2PairRM
+from sparring.alignment.judges.pairrm_layouts import (
+    ADDED_TOKENS,
+    CANDIDATE_TOKENS,
+    MARKER_KEYS,
+    MARKERS,
+    SOURCE_TOKENS,
+    load_checkpoint,
 )
+from sparring.alignment.judges.pairwise import PairwiseJudge
+from sparring.alignment.judges.protocol import FloatArray, PromptLike, prompt_text
+from sparring.alignment.judges.weights import placement, weights_hash
 from sparring.launch.errors import SparringError
 
-with warnings.catch_warnings():
-    # transformers 5 still scripts helpers of DeBERTa while it is imported.
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-    from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
+__all__ = [
+    "MARKERS",
+    "SOURCE_TOKENS",
+    "TOTAL_TOKENS",
+    "DebertaV2Config",
+    "DebertaV2PairRM",
+    "PairRM",
+]
 
-SOURCE_TOKENS = 1224
-TOTAL_TOKENS = 2048
-MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
-
-
-class DebertaV2PairRM(DebertaV2PreTrainedModel):  # type: ignore[misc]
-    """DeBERTa-v2 with a comparison head; state dict as in the `PairRM-hf` checkpoint."""
-
-    config_class = DebertaV2Config
-
-    def __init__(self, config: DebertaV2Config) -> None:
-        super().__init__(config)
-        width = config.hidden_size
-        self.pretrained_model = DebertaV2Model(config)
-        self.head_layer = nn.Sequential(
-            nn.Dropout(config.drop_out),
-            nn.Linear(2 * width, width),
-            nn.Tanh(),
-            nn.Dropout(config.drop_out),
-            nn.Linear(width, config.n_tasks),
-        )
-        self.post_init()
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marker_positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Logit that the first candidate beats the second: mean over tasks of h_1 − h_2.
-
-        Args:
-            input_ids, attention_mask: (B, T).
-            marker_positions: (B, 3) places of the source, candidate-1 and candidate-2 markers.
-                They are given, not searched for, so that text cannot pose as a marker.
-
-        Returns:
-            (B,) logits, > 0 when the first candidate is better.
-        """
-        hidden_BTH = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        rows_B1 = torch.arange(len(input_ids), device=hidden_BTH.device).unsqueeze(1)
-        marked_B3H = hidden_BTH[rows_B1, marker_positions]
-        source_BH, first_BH, second_BH = marked_B3H.unbind(dim=1)
-        first_h = self.head_layer(torch.cat([source_BH, first_BH], dim=-1))
-        second_h = self.head_layer(torch.cat([source_BH, second_BH], dim=-1))
-        logits_B: torch.Tensor = (first_h - second_h).mean(dim=-1)
-        return logits_B
+TOTAL_TOKENS = SOURCE_TOKENS + 2 * CANDIDATE_TOKENS
 
 
 class _Row(NamedTuple):
@@ -88,31 +50,58 @@ class _Row(NamedTuple):
     truncated: bool
 
 
-class PairRM:
-    """The pairwise judge. All K(K−1) ordered pairs are scored, so both orders are on record."""
+class PairRM(PairwiseJudge):
+    """The pairwise judge. All K(K−1) ordered pairs are scored, so both orders are on record.
+
+    Where it departs from LLM-Blender, on purpose: text that spells a special token is read as a
+    space, whichever token it is (there only [SEP]; a marker in a text ends in an error or another
+    score), and a response is cut by its own prompt's length (there by the longest of the batch).
+    """
 
     name = "pairrm"
 
-    def __init__(self, model: DebertaV2PairRM, tokenizer: Any, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: DebertaV2PairRM,
+        tokenizer: Any,
+        batch_size: int = 256,
+        batch_tokens: int = 0,
+        source_tokens: int = SOURCE_TOKENS,
+        total_tokens: int = TOTAL_TOKENS,
+    ) -> None:
         """Wrap a loaded model; most callers want `from_pretrained`.
 
         Args:
             model: on its device, in its dtype.
             tokenizer: with the markers as single tokens.
-            batch_size: pairs a forward pass; does not change the result.
+            batch_size: pairs a forward pass, at most; does not change the result.
+            batch_tokens: tokens a forward pass, padding included, at most (one pair always goes);
+                0: 2048 on a CPU, where larger tensors leave the caches, else 16384.
+            source_tokens: where a prompt is cut.
+            total_tokens: what prompt and both candidates have together.
 
         Raises:
-            SparringError: the tokenizer lacks a marker, or disagrees with the config about its id.
+            SparringError: the tokenizer lacks a marker, or disagrees with the config about its id,
+                or a size is out of range.
         """
+        super().__init__()
+        if batch_size < 1 or batch_tokens < 0:
+            raise SparringError(
+                f"pairrm's batch_size must be at least 1 and batch_tokens at least 0, not "
+                f"{batch_size} and {batch_tokens}"
+            )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
+        self.source_tokens = source_tokens
+        self.total_tokens = total_tokens
         self._check_markers()
         # A response may contain text that spells a special token; to the model it would be one.
-        special = {*tokenizer.all_special_tokens, *MARKERS, "<|candidate|>"}
+        special = {*tokenizer.all_special_tokens, *ADDED_TOKENS}
         alternatives = (re.escape(token) for token in sorted(special, key=len, reverse=True))
         self._special = re.compile("|".join(alternatives))
-        self._encode = lru_cache(maxsize=4096)(self._encode_part)
+        self._encode = lru_cache(maxsize=4096)(self._encode_text)
 
     @classmethod
     def from_pretrained(
@@ -120,46 +109,40 @@ class PairRM:
         path_or_hub_id: str | Path,
         device: str | None = None,
         dtype: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = 256,
+        batch_tokens: int = 0,
+        base: str = "",
     ) -> PairRM:
-        """Load a checkpoint in the `PairRM-hf` layout.
+        """Load a checkpoint in the layout of `PairRM-hf` or of the original `PairRM`.
 
         Args:
             path_or_hub_id: folder, or hub id such as "llm-blender/PairRM-hf".
             device: torch device; CUDA when there is one, else the CPU, when None.
             dtype: "float32", "float16" or "bfloat16"; when None float16 on CUDA, else float32.
-            batch_size: pairs a forward pass.
+            batch_size: pairs a forward pass, at most.
+            batch_tokens: tokens a forward pass, padding included, at most; 0: 2048 on a CPU, else
+                16384.
+            base: for the original layout, folder or hub id of the DeBERTa it was trained from,
+                whose configuration and tokenizer are read; empty: what the checkpoint names.
 
         Raises:
             SparringError: nothing there, another layout, or weights that do not fill the model.
         """
-        name = checkpoint_name(path_or_hub_id)
         where, precision = placement(device, dtype)
-        config = load_or_explain(DebertaV2Config, name)
-        for key in ("n_tasks", "drop_out"):
-            if not hasattr(config, key):
-                raise SparringError(
-                    f"{name!r} is not in the PairRM-hf layout: its config has no {key!r}; "
-                    f"the original llm-blender/PairRM files must be converted first"
-                )
-        tokenizer = load_or_explain(AutoTokenizer, name)
-        model, info = load_or_explain(
-            DebertaV2PairRM, name, config=config, dtype=precision, output_loading_info=True
+        found = load_checkpoint(path_or_hub_id, base, precision)
+        return cls(
+            found.model.to(where),
+            found.tokenizer,
+            batch_size,
+            batch_tokens,
+            found.source_tokens,
+            found.total_tokens,
         )
-        if info["missing_keys"]:
-            # transformers would go on with random numbers in their place.
-            raise SparringError(
-                f"{name!r} does not fill PairRM; missing weights: "
-                f"{', '.join(sorted(info['missing_keys'])[:5])}"
-            )
-        return cls(model.to(where), tokenizer, batch_size)
 
     def _check_markers(self) -> None:
-        config = self.model.config
-        keys = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
-        for marker, key in zip(MARKERS, keys, strict=True):
+        for marker, key in zip(MARKERS, MARKER_KEYS, strict=True):
             found = self.tokenizer.encode(marker, add_special_tokens=False)
-            wanted = getattr(config, key, None)
+            wanted = getattr(self.model.config, key, None)
             if wanted is None or found != [wanted]:
                 raise SparringError(
                     f"the tokenizer reads {marker} as {found}, the config's {key} is {wanted}: "
@@ -170,90 +153,57 @@ class PairRM:
     def identity(self) -> str:
         """Hash of weights (in the dtype they run in) and vocabulary, and the token limits."""
         digest = weights_hash(self.model, self.tokenizer)
-        return f"pairrm/1 {digest} tokens={SOURCE_TOKENS}/{TOTAL_TOKENS}"
+        return f"pairrm/1 {digest} tokens={self.source_tokens}/{self.total_tokens}"
 
-    def logits(
-        self, prompts: Sequence[PromptLike], firsts: Sequence[str], seconds: Sequence[str]
-    ) -> FloatArray:
-        """One-order logits L_ab = logit that the first response beats the second.
+    def compare(self, triples: Sequence[Triple]) -> Iterator[tuple[Triple, float | None]]:
+        """One-order logits; NaN where the forward pass gives that.
 
-        Args:
-            prompts, firsts, seconds: N each. A prompt is cut to 1224 tokens, each response to
-                (2048 − tokens of the prompt) // 2, at the end.
-
-        Returns:
-            (N,) float32. Independent of the other rows to rounding.
-
-        Raises:
-            SparringError: the lists differ in length.
+        A prompt is cut to `source_tokens`, each response to (total_tokens − tokens of the
+        prompt) // 2, at the end.
         """
-        if not len(prompts) == len(firsts) == len(seconds):
-            raise SparringError(
-                f"{len(prompts)} prompts, {len(firsts)} firsts and {len(seconds)} seconds "
-                f"do not line up"
-            )
-        texts = [prompt_text(prompt) for prompt in prompts]
-        triples = list(zip(texts, firsts, seconds, strict=True))
-        rows = {triple: self._row(*triple) for triple in triples}  # equal triples once
+        rows = {triple: self._row(*triple) for triple in triples}
         # Longest first: running out of memory shows at once, and padding stays short.
         order = sorted(rows, key=lambda triple: (-len(rows[triple].ids), triple))
-        values: dict[tuple[str, str, str], float] = {}
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            scored = self._forward([rows[triple] for triple in batch])
-            values.update(zip(batch, scored, strict=True))
-        return np.array([values[triple] for triple in triples], dtype=np.float32)
-
-    def matrix(
-        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
-    ) -> FloatArray:
-        """(N, K, K) logits, row beats column, of all ordered pairs; the diagonal is 0.
-
-        The matrix is not antisymmetric: PairRM is sensitive to order, and the convention that
-        turns L_ij and L_ji into a probability is the pairing stage's choice.
-
-        Raises:
-            SparringError: responses are ragged.
-        """
-        k = common_k(prompts, responses)
-        places = [
-            (n, i, j) for n in range(len(prompts)) for i in range(k) for j in range(k) if i != j
-        ]
-        values = self.logits(
-            [prompts[n] for n, _, _ in places],
-            [responses[n][i] for n, i, _ in places],
-            [responses[n][j] for n, _, j in places],
-        )
-        matrix = np.zeros((len(prompts), k, k), dtype=np.float32)
-        for place, value in zip(places, values, strict=True):
-            matrix[place] = value
-        return matrix
+        start = 0
+        while start < len(order):
+            fitting = self.batch_tokens // len(rows[order[start]].ids)
+            batch = order[start : start + min(self.batch_size, max(1, fitting))]
+            yield from zip(batch, self._forward([rows[triple] for triple in batch]), strict=True)
+            start += len(batch)
 
     def details(
         self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> dict[str, FloatArray]:
-        """(N, K) truncated: 1 where the prompt or the response did not fit and was cut."""
-        shape = (len(prompts), common_k(prompts, responses))
+        """(N, K) empty: 1 where a response is blank; truncated: 1 where the prompt or the response
+        did not fit and was cut."""
+        figures = super().details(prompts, responses)
         cut = [
             float(self._row(prompt_text(prompt), response, response).truncated)
             for prompt, given in zip(prompts, responses, strict=True)
             for response in given
         ]
-        return {"truncated": np.array(cut, dtype=np.float32).reshape(shape)}
+        figures["truncated"] = np.array(cut, dtype=np.float32).reshape(figures["empty"].shape)
+        return figures
 
-    def _encode_part(self, marker: str, text: str, limit: int) -> tuple[tuple[int, ...], bool]:
-        """[CLS] marker text [SEP], at most `limit` tokens, and whether text was cut."""
+    def _encode_text(self, marker: str, text: str) -> list[int]:
+        """marker text, without [CLS] and [SEP], uncut."""
         clean = self._special.sub(" ", text)
-        ids = self.tokenizer.encode(marker + clean, add_special_tokens=False)
-        cut = len(ids) > limit - 2
-        body = ids[: limit - 2]
-        return (self.tokenizer.cls_token_id, *body, self.tokenizer.sep_token_id), cut
+        ids: list[int] = self.tokenizer.encode(marker + clean, add_special_tokens=False)
+        return ids
+
+    def _part(self, place: int, text: str, limit: int) -> tuple[tuple[int, ...], bool]:
+        """[CLS] marker text [SEP], at most `limit` tokens, and whether text was cut."""
+        # A response is encoded once: as the second candidate it differs in the marker alone.
+        ids = self._encode(MARKERS[min(place, 1)], text)
+        body = (getattr(self.model.config, MARKER_KEYS[place]), *ids[1 : limit - 2])
+        tokenizer = self.tokenizer
+        return (tokenizer.cls_token_id, *body, tokenizer.sep_token_id), len(ids) > limit - 2
 
     def _row(self, prompt: str, first: str, second: str) -> _Row:
-        source, cut = self._encode(MARKERS[0], prompt, SOURCE_TOKENS)
-        limit = (TOTAL_TOKENS - len(source)) // 2
-        one, cut_one = self._encode(MARKERS[1], first, limit)
-        two, cut_two = self._encode(MARKERS[2], second, limit)
+        source, cut = self._part(0, prompt, self.source_tokens)
+        limit = (self.total_tokens - len(source)) // 2
+        one, cut_one = self._part(1, first, limit)
+        two, cut_two = self._part(2, second, limit)
         markers = (1, len(source) + 1, len(source) + len(one) + 1)
         return _Row(source + one + two, markers, cut or cut_one or cut_two)
 

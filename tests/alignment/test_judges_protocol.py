@@ -78,7 +78,7 @@ def test_ragged_or_empty_responses_are_refused(responses):
 
 
 def test_unknown_judge_and_option_list_what_there_is():
-    with pytest.raises(UsageError, match=r"did you mean 'pairrm'\? .*verifier, pairrm, reward-mo"):
+    with pytest.raises(UsageError, match=r"did you mean 'pairrm'\? .*verifier, relevance, pairrm, reward-mo"):
         build_judge("pair-rm")
     with pytest.raises(UsageError, match=r"no option 'pass_logits'.*pass_logit"):
         build_judge("verifier", None, pass_logits=1.0)
@@ -109,7 +109,8 @@ def test_plugins_come_through_the_entry_point_group(monkeypatch):
     entry = EntryPoint("mine", f"{__name__}:_plugin", build_module.GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: _plugin)
     monkeypatch.setattr(build_module, "entry_points", lambda group: (entry,))
-    assert judge_names() == ["verifier", "pairrm", "reward-model", "mine"]
+    built_in = ["verifier", "relevance", "pairrm", "reward-model", "llm", "ensemble"]
+    assert judge_names() == [*built_in, "mine"]
     judge = build_judge("mine", "w", batch_size=16.0)
     assert judge.built_with == ("w", {"batch_size": 16})
     assert isinstance(judge.built_with[1]["batch_size"], int)

@@ -43,16 +43,17 @@ def test_every_step_comes_after_its_inputs(algorithm: str, alpha: float) -> None
     seen: set[str] = set()
     for name, step in chain(algorithm, momentum=MomentumConfig(alpha=alpha)).items():
         assert set(step.inputs.values()) <= seen
-        allowed = {key.removesuffix("?") for key in step.stage.inputs}
-        required = {key for key in step.stage.inputs if not key.endswith("?")}
-        assert required <= set(step.inputs) <= allowed
+        allowed = {key.rstrip("?*") for key in step.stage.inputs}
+        required = {key for key in step.stage.inputs if key[-1] not in "?*"}
+        given = {key.partition(".")[0] for key in step.inputs}
+        assert required <= given <= allowed
         assert name not in seen
         seen.add(name)
 
 
 def test_sppo() -> None:
     steps = chain(iterations=2)
-    one = ["generate", "judge", "pair", "reference", "train"]
+    one = ["generate", "parity", "judge", "pair", "reference", "train"]
     assert list(steps) == [
         "prompts",
         "model",
@@ -262,6 +263,33 @@ def test_evaluation_compares_with_start_and_previous() -> None:
         0.5,
         1.0,
     )
+
+
+def test_the_last_evaluation_meets_every_iterate_once() -> None:
+    steps = chain(iterations=4)
+    met = {
+        t: {k: v for k, v in sources(steps, f"heldout{t}/evaluate").items() if "generate" in v}
+        for t in range(5)
+    }
+    assert met[4] == {
+        "current": "heldout4/generate",
+        "base": "heldout0/generate",
+        "against.0": "heldout1/generate",
+        "against.1": "heldout2/generate",
+        "previous": "heldout3/generate",
+    }
+    assert not [key for t in range(4) for key in met[t] if key.startswith("against")]
+    # No judge, no game.
+    assert "against.0" not in sources(chain("spin", iterations=4), "heldout4/evaluate")
+
+
+def test_leaderboards_are_of_the_first_and_the_last_policy() -> None:
+    board = EvaluateConfig(lm_eval=("arc_easy",), lm_eval_path="tasks", lm_eval_limit=5)
+    steps = chain(iterations=2, evaluate=board)
+    found = [steps[f"heldout{t}/evaluate"] for t in range(3)]
+    assert [step.config.lm_eval for step in found] == [("arc_easy",), (), ("arc_easy",)]
+    assert [step.inputs.get("lm_eval_path") for step in found] == ["path:tasks", None, "path:tasks"]
+    assert found[2].config.lm_eval_limit == 5
 
 
 @pytest.mark.parametrize(("temperature", "after"), [(1.0, True), (0.5, False)])

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.alignment.statistics import bootstrap_mean, paired_difference
+from sparring.alignment.statistics import (
+    Resamples,
+    bootstrap_mean,
+    fit_logistic,
+    paired_difference,
+    percentile_interval,
+)
 
 
 def test_width_is_that_of_normal_theory() -> None:
@@ -109,3 +115,82 @@ def test_refuses_rows_that_are_not_paired() -> None:
         paired_difference([1.0, 2.0], [1.0], seed=0)
     with pytest.raises(ValueError, match="a must be a non-empty"):
         paired_difference([], [], seed=0)
+
+
+# Figures that are computed anew in each resample
+
+
+def test_resampled_sums_are_those_of_the_bootstrap_of_the_mean() -> None:
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(30), 4)
+    values = rng.normal(size=120)
+    draws = Resamples(groups, seed=3, resamples=300)
+    sums = draws.sums(np.stack([values, np.ones(120)], 1))
+    interval = percentile_interval(values.mean(), sums[:, 0] / sums[:, 1], 0.9)
+    expected = bootstrap_mean(values, groups=groups, seed=3, resamples=300, level=0.9)
+    assert interval == pytest.approx(expected)
+    weights = np.concatenate(list(draws.weights()))
+    np.testing.assert_allclose(weights @ values, sums[:, 0])
+    assert (weights.reshape(300, 30, 4) == weights.reshape(300, 30, 4)[:, :, :1]).all()
+
+
+def test_weights_come_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = Resamples(np.arange(10), seed=0, resamples=7)
+    (whole,) = draws.weights()
+    monkeypatch.setattr("sparring.alignment.statistics._BLOCK", 30)
+    blocks = list(draws.weights())
+    assert [len(block) for block in blocks] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+
+
+def test_resamples_without_the_figure_do_not_count() -> None:
+    values = [float("nan"), 1.0, 2.0, 3.0]
+    assert percentile_interval(2.0, values, 0.5) == (2.0, 1.5, 2.5)
+    with pytest.raises(ValueError, match="undefined in every resample"):
+        percentile_interval(2.0, [float("nan")], 0.5)
+
+
+# Logistic regression
+
+
+def test_an_intercept_alone_is_the_log_odds() -> None:
+    target = np.array([1.0, 1.0, 0.25, 0.0, 1.0])
+    fitted = fit_logistic(np.ones((5, 1)), target, ridge=0.0)
+    assert fitted[0, 0] == pytest.approx(np.log(0.65 / 0.35), abs=1e-8)
+
+
+def test_the_fit_is_stationary_and_weights_are_copies() -> None:
+    rng = np.random.default_rng(8)
+    features, target = rng.normal(size=(50, 3)), rng.random(50)
+    weights = rng.integers(0, 3, size=(4, 50))
+    fitted = fit_logistic(features, target, ridge=0.5, weights_RN=weights)
+    for row, counts in zip(fitted, weights, strict=True):
+        error = 1 / (1 + np.exp(-features @ row)) - target
+        assert (counts * error) @ features + 0.5 * row == pytest.approx(np.zeros(3), abs=1e-7)
+        copies = np.repeat(np.arange(50), counts)
+        again = fit_logistic(features[copies], target[copies], ridge=0.5)
+        assert again[0] == pytest.approx(row, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_separable_data_have_a_finite_solution(scale: float) -> None:
+    features = scale * np.array([[-2.0], [-1.0], [1.0], [3.0]])
+    fitted = fit_logistic(features, [0.0, 0.0, 1.0, 1.0], ridge=0.1)[0]
+    chance = 1 / (1 + np.exp(-features @ fitted))
+    gradient = (chance - [0, 0, 1, 1]) @ features + 0.1 * fitted
+    assert gradient == pytest.approx([0.0], abs=1e-6)
+    assert fitted[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ([0.0, 1.0, 1.0], {}, "do not fit"),
+        ([0.0, 1.5], {}, "probabilities"),
+        ([0.0, float("nan")], {}, "probabilities"),
+        ([0.0, 1.0], {"ridge": -1.0}, "negative"),
+    ],
+)
+def test_fit_refuses(target: list[float], options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_logistic([[1.0], [2.0]], target, **{"ridge": 0.0, **options})

@@ -136,7 +136,7 @@ def test_plan_lists_the_steps_without_a_model(
     code, out, _ = sparring("plan", "demo", *options)
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "demo: 11 steps in runs/demo"
+    assert lines[0] == "demo: 12 steps in runs/demo"
     assert [line.split()[-1] for line in lines[1:3]] == ["prompts", "model"]
     assert "waits  iter0/train" in out
     assert "from model, iter0/reference" in out

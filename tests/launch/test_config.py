@@ -99,6 +99,30 @@ def test_the_command_line_overrides_the_file() -> None:
     assert options == Outer(name="a", inner=Inner(steps=7, rate=0.5))
 
 
+@config
+class Switches:
+    keep_all: bool = False
+    inner: Inner = Inner()
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keep_all", "names"),
+    [
+        (["--keep-all"], True, ()),
+        (["--keep_all", "--names", "a", "b"], True, ("a", "b")),
+        (["--names", "a", "--keep-all"], True, ("a",)),
+        (["--keep-all", "False"], False, ()),
+        ([], False, ()),
+    ],
+)
+def test_a_switch_alone_means_true(
+    arguments: list[str], keep_all: bool, names: tuple[str, ...]
+) -> None:
+    options = parse(Switches, arguments, prog="p", description="d")
+    assert options == Switches(keep_all=keep_all, names=names)
+
+
 def test_a_refused_override_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("many", "0"):
         try:

@@ -6,12 +6,20 @@ compares with numbers from the papers' closed forms, which are also coded here i
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from sparring.alignment.games import (
+    best_response,
+    cyclicity,
+    duality_gap,
+    exploitability,
+    pairwise_probabilities,
+)
 from sparring.alignment.losses import dpo_loss, ipo_loss, spin_loss, sppo_loss
 from sparring.alignment.momentum import extrapolate, folded_reference
 
@@ -187,6 +195,117 @@ def test_half_eta_is_not_the_log_partition_function(
     paper, left = solve_sppo_normalised(START, np.log(START), wins, eta=eta, log_z=eta / 2)
     assert paper == pytest.approx(half_eta, abs=1e-6)
     assert left > 1e-8
+
+
+# --- the empirical game -------------------------------------------------------------------------
+
+
+def iterates(game: Array, start: Array, eta: float, solves: int) -> Array:
+    """(solves + 1, 3) policies of SPPO's self-play."""
+    policies = [start]
+    for _ in range(solves):
+        policies.append(softmax(solve_sppo(policies[-1], game @ policies[-1], eta=eta)))
+    return np.stack(policies)
+
+
+def test_rock_paper_scissors_is_exploited_unless_mixed_evenly() -> None:
+    assert exploitability(ROCK_PAPER_SCISSORS, UNIFORM) == pytest.approx(0)
+    assert duality_gap(ROCK_PAPER_SCISSORS, UNIFORM) == pytest.approx(0)
+    for action in np.eye(3):
+        assert exploitability(ROCK_PAPER_SCISSORS, action) == 0.5
+        assert duality_gap(ROCK_PAPER_SCISSORS, action) == 1.0
+    # Against START = (.5, .3, .2) paper, the second row, wins .65.
+    assert exploitability(ROCK_PAPER_SCISSORS, START) == pytest.approx(0.15)
+
+
+def test_a_condorcet_winner_is_not_exploited() -> None:
+    assert [exploitability(CONDORCET, action) for action in np.eye(3)] == pytest.approx(
+        [0, 0.2, 0.4]
+    )
+    for policy in (UNIFORM, START, np.array([0.1, 0.2, 0.7])):
+        # The winner beats every mixture most: max_a (Pμ)_a = .5 μ_0 + .7 μ_1 + .9 μ_2.
+        expected = 0.2 * policy[1] + 0.4 * policy[2]
+        assert exploitability(CONDORCET, policy) == pytest.approx(expected)
+        least = policy @ CONDORCET[:, 0]
+        assert duality_gap(CONDORCET, policy) == pytest.approx(0.5 + expected - least)
+        assert duality_gap(CONDORCET, policy) == pytest.approx(2 * expected)
+
+
+def test_self_play_finds_the_condorcet_winner_and_its_last_iterate_is_best() -> None:
+    policies = iterates(CONDORCET, UNIFORM, 1.0, 20)
+    # 1 − π(best) after 5, 10, 15, 20 solves is in the test of momentum, below; here the gap.
+    gaps = [exploitability(CONDORCET, policy) for policy in policies]
+    for n, policy in enumerate(policies):
+        assert gaps[n] == pytest.approx(0.2 * policy[1] + 0.4 * policy[2])
+    assert all(one > two for one, two in pairwise(gaps))
+    assert gaps[20] < exploitability(CONDORCET, policies.mean(axis=0))
+    # The game between the iterates: no iterate beats the last, and it beats the first most.
+    payoff = policies @ CONDORCET @ policies.T
+    last = np.eye(21)[20]
+    assert exploitability(payoff, last) == pytest.approx(0)
+    assert payoff[20].argmax() == 0
+    assert exploitability(payoff, last) <= gaps[20]  # a lower bound, among iterates only
+
+
+def test_on_a_cycle_the_average_of_iterates_is_safe_and_the_last_is_not() -> None:
+    policies = iterates(ROCK_PAPER_SCISSORS, START, 0.5, 2000)[:2000]
+    average = [
+        exploitability(ROCK_PAPER_SCISSORS, policies[:n].mean(axis=0)) for n in (20, 200, 2000)
+    ]
+    assert average[0] > average[1] > average[2]
+    assert average[2] == pytest.approx(0.0059, abs=5e-5)
+    assert exploitability(ROCK_PAPER_SCISSORS, policies[-1]) > 0.45
+    # Among the iterates themselves the same is seen, without knowing the game.
+    payoff = policies @ ROCK_PAPER_SCISSORS @ policies.T
+    count = len(policies)
+    assert exploitability(payoff, np.full(count, 1 / count)) <= average[2] + 1e-12
+    assert exploitability(payoff, np.eye(count)[-1]) > 0.45
+
+
+def test_cyclicity_is_what_ratings_leave() -> None:
+    assert cyclicity(ROCK_PAPER_SCISSORS) == pytest.approx(1)
+    rating = np.array([0.2, 0.05, -0.1, -0.15])
+    linear = 0.5 + rating[:, None] - rating[None, :]
+    assert cyclicity(linear) == pytest.approx(0, abs=1e-12)
+    logits = 3 * (rating[:, None] - rating[None, :])
+    assert cyclicity(logits) == pytest.approx(0, abs=1e-12)
+    # σ is not linear: in probabilities a strict order of M has (M − 2)/(3M), though transitive.
+    assert 0 < cyclicity(1 / (1 + np.exp(-logits))) < 0.01
+    for count in (3, 4, 10):
+        order = np.arange(count)
+        strict = 0.5 + 0.5 * np.sign(order[:, None] - order[None, :])
+        assert cyclicity(strict) == pytest.approx((count - 2) / (3 * count))
+    # CONDORCET − ½ has rows (0, .2, .4), (−.2, 0, .3), (−.4, −.3, 0): ratings .2, 1/30, −7/30,
+    # whose differences miss by ±1/30 everywhere; of the squares' sum 2(.04 + .16 + .09).
+    assert cyclicity(CONDORCET) == pytest.approx(6 * (1 / 30) ** 2 / 0.58)
+    # Orthogonal parts: a cycle added to ratings has the share of its squares.
+    both = linear[:3, :3] + 0.1 * (ROCK_PAPER_SCISSORS - 0.5)
+    share = 6 * 0.05**2
+    whole = share + ((linear[:3, :3] - 0.5) ** 2).sum()
+    assert cyclicity(both) == pytest.approx(share / whole)
+    assert np.isnan(cyclicity(np.full((3, 3), 0.5)))
+
+
+def test_a_cycle_over_prompts_of_three_policies_from_judge_logits() -> None:
+    """The spec's L, cyclic in both orders' mean: 0 over 1 over 2 over 0."""
+    logits = np.array([[0, 1.2, -0.4], [-0.8, 0, 0.6], [0.9, -0.5, 0]])
+    chance = pairwise_probabilities(logits)
+    assert chance.mean(axis=1) == pytest.approx([0.524683, 0.467692, 0.507625], abs=1e-6)
+    assert chance[0, 1] > 0.5
+    assert chance[1, 2] > 0.5
+    assert chance[2, 0] > 0.5
+    # Order-averaged logits 1, .55, .65 around the cycle: its mean is the cyclic part.
+    mean = (1 + 0.55 + 0.65) / 3
+    assert cyclicity(logits) == pytest.approx(3 * mean**2 / (1 + 0.55**2 + 0.65**2))
+
+
+def test_the_best_response_to_samples_of_a_pure_policy() -> None:
+    # Prompts whose policy always plays rock, paper, scissors; candidates are the three actions.
+    wins = np.stack([np.repeat(ROCK_PAPER_SCISSORS[:, [a]], 4, axis=1) for a in range(3)])
+    assert best_response(wins) == pytest.approx([0.5, 0.5, 0.5])
+    # A policy that plays all three evenly in both halves cannot be exploited.
+    even = ROCK_PAPER_SCISSORS[:, [0, 0, 1, 1, 2, 2]]
+    assert best_response(even[None]) == pytest.approx([0])
 
 
 # --- SPPO with momentum -------------------------------------------------------------------------
