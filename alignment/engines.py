@@ -58,7 +58,7 @@ def build_engine(
     return kind(config, model, dtype=dtype, eos=eos, max_length=max_length, world=world)
 
 
-def _vllm_environment(config: GenerateConfig, world: World) -> None:
+def vllm_environment(config: GenerateConfig, world: World) -> None:
     """Environment that vLLM reads at import. Each rank is an engine of its own."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -93,7 +93,7 @@ class VLLMEngine:
         max_length: int,
         world: World,
     ) -> None:
-        _vllm_environment(config, world)
+        vllm_environment(config, world)
         try:
             import vllm
         except ImportError as error:

@@ -18,7 +18,7 @@ from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures
 
 
-def read_prompts(path: Path, stage: GenerateStage) -> list[Prompt]:
+def read_prompts(path: Path, stage: GenerateStage) -> Sequence[Prompt]:
     """This stage's share of a prompts artifact, or of a plain JSONL or parquet file."""
     file = path / f"{stage.part}.parquet"
     prompts = read_rows(file, Prompt) if is_prompt_set(path) else load_prompts(path)

@@ -253,12 +253,12 @@ class LocalChat:
             SparringError: no such model, or vLLM cannot be imported.
         """
         from sparring.alignment.config import GenerateConfig, ModelConfig
-        from sparring.alignment.engines import _vllm_environment
+        from sparring.alignment.engines import vllm_environment
         from sparring.alignment.models import locate
         from sparring.launch.processes import World
 
         self.folder = Path(locate(ModelConfig(path=model)))
-        _vllm_environment(GenerateConfig(memory=memory), World.from_environment())
+        vllm_environment(GenerateConfig(memory=memory), World.from_environment())
         try:
             import vllm
         except ImportError as error:

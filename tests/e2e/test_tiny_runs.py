@@ -211,7 +211,7 @@ def test_killed_in_every_stage_the_run_ends_with_the_same_bytes(
     plan = json.loads(sparring("plan", *call[1:], "--json").out)
     steps = [step["step"] for step in plan["steps"]]
     first = {name.split("/")[-1]: name for name in reversed(steps)}
-    assert len(first) == 9
+    assert len(first) == 10
     for number, name in enumerate(name for name in steps if name in first.values()):
         count = reference.touches[name]
         moment = (1, math.ceil(count / 2), count)[number % 3]
