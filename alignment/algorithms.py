@@ -48,9 +48,10 @@ PAIR_RULES = {
     "best-worst": "sparring.alignment.pairs:best_worst",
     "all": "sparring.alignment.pairs:all_responses",
     "random-pair": "sparring.alignment.pairs:random_pair",
-    "shuffled": "sparring.alignment.pairs:shuffled",
+    "shuffled": "sparring.alignment.pairs:best_worst",
 }
-"""Rules on judged responses by name, as ``module:function``."""
+"""Rules on judged responses by name, as ``module:function``. "shuffled" is the control: the stage
+reverses half of its pairs."""
 
 _OBJECTIVES = "sparring.alignment.objectives"
 

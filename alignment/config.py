@@ -205,8 +205,8 @@ class PairConfig(PairSettings):
 
     rule: str = ""
     """Empty: the algorithm's own. "best-worst"; "all": every response with its own win probability
-    (SPPO); "random-pair": any two; "shuffled": the control, best-worst with the judge's verdict
-    reversed by a coin; a plug-in's name, or module:function."""
+    (SPPO); "random-pair": any two; "shuffled": the control, best-worst with the judge's verdict on
+    half of the prompts reversed; a plug-in's name, or module:function."""
     mix_previous: bool | None = None
     """Train on the previous iteration's pairs too (SPIN); default: as the algorithm does."""
 

@@ -38,6 +38,8 @@ def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Co
             fresh.append(item)
         else:
             counts[item.value] += 1
+    if config.rule == "shuffled":
+        fresh = rules.reverse_half(fresh, np.random.default_rng(context.seed))
     if not fresh:
         why = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
         raise SparringError(

@@ -75,20 +75,25 @@ def _columns(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
     return known + sorted(others, key=lambda name: "win_rate_vs" not in name)
 
 
-def _label(name: str) -> str:
+def _label(name: str, *, in_run: bool = True) -> str:
+    """What a reader calls a figure."""
     for start, text in (("lc_win_rate_vs_", "LC win rate vs "), ("win_rate_vs_", "win rate vs ")):
         if name.startswith(start):
-            return text + _policy(name.removeprefix(start))
+            return text + _policy(name.removeprefix(start), in_run=in_run)
     # A task of a leaderboard with its metric keeps the name it is published under.
     return LABELS.get(name, name if " " in name else name.replace("_", " "))
 
 
-def _policy(name: str, last: int | None = None) -> str:
-    """What a reader calls a policy of the matrix; `last` is the iterate that is evaluated."""
+def _policy(name: str, *, in_run: bool = True, last: int | None = None) -> str:
+    """What a reader calls a policy of the matrix; `last` is the iterate that is evaluated.
+
+    Only within a run is a folder heldoutN iterate N; on its own it may be another run's.
+    """
     roles = {"base": "start"}
     if last is not None:
         roles |= {"previous": f"iterate {last - 1}", "current": f"iterate {last}"}
-    return roles.get(name, re.sub(r"^heldout(\d+)$", r"iterate \1", name))
+    named = re.sub(r"^heldout(\d+)$", r"iterate \1", name) if in_run else name
+    return roles.get(name, named)
 
 
 def _grid(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
@@ -124,9 +129,11 @@ def evaluation_text(folder: Path) -> str:
     text = []
     if names:
         shown = intervals(figures)
-        text = aligned([["figure", "value"], *([_label(n), cell(shown[n])] for n in names)])
+        text = aligned(
+            [["figure", "value"], *([_label(n, in_run=False), cell(shown[n])] for n in names)]
+        )
     if "cross_play" in figures:
-        text += ["", *aligned(_payoff(figures["cross_play"]))]
+        text += ["", *aligned(_payoff(figures["cross_play"], in_run=False))]
     if "responses" in figures:
         level = round(100 * artifact.manifest["config"]["level"])
         text += [
@@ -138,9 +145,11 @@ def evaluation_text(folder: Path) -> str:
     return "\n".join(text)
 
 
-def _payoff(game: Mapping[str, Any], last: int | None = None) -> list[list[str]]:
+def _payoff(
+    game: Mapping[str, Any], *, in_run: bool = True, last: int | None = None
+) -> list[list[str]]:
     """P(row beats column) as cells, with a heading line."""
-    names = [_policy(name, last) for name in game["policies"]]
+    names = [_policy(name, in_run=in_run, last=last) for name in game["policies"]]
     lines = [["row beats column", *names]]
     for a, name in enumerate(names):
         triples = zip(game["payoff"][a], game["payoff_low"][a], game["payoff_high"][a], strict=True)
@@ -154,7 +163,7 @@ def _cross_play(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Section]:
     if not met:
         return []
     last, figures = met[-1]
-    heading, *lines = _payoff(figures["cross_play"], last)
+    heading, *lines = _payoff(figures["cross_play"], last=last)
     shown = [
         f"{_label(name)} {cell(figures.get(name))}"
         for name in (

@@ -12,9 +12,10 @@ def cell(value: Any) -> str:
         return "-"
     if not isinstance(value, (list, tuple)):
         return str(value)
-    mean, low, high = value
-    digits = 1 if abs(mean) >= 10 else 3
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    digits = 1 if abs(value[0]) >= 10 else 3
+    # Adding 0 turns -0.0 into 0.0, so that rounding does not leave a sign.
+    mean, low, high = (f"{round(part, digits) + 0.0:.{digits}f}" for part in value)
+    return f"{mean} [{low}, {high}]"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from sparring.alignment.pairs import (
     mix,
     random_pair,
     real_generated,
-    shuffled,
+    reverse_half,
 )
 from sparring.alignment.preferences import CONVENTIONS
 from sparring.alignment.rows import Judged, Message, Pair, Prompt, Response
@@ -258,36 +258,28 @@ def test_rules_are_found_by_name() -> None:
 
 
 @pytest.mark.parametrize("convention", ["pairwise", "mean-probability", "aggregated"])
-def test_control_reverses_verdicts_and_nothing_else(convention: str) -> None:
-    """One good response of five: best and worst are no typical samples, yet neither is favoured."""
-    rng = np.random.default_rng(0)
-    one_good, rows = judged(from_rewards(0.0, 0.0, 2.0, 0.0, 0.0)), responses(5)
-    true = must_pair(best_worst(one_good, rows, convention=convention))
-    assert true.chosen_win + true.rejected_win > 1.05
-    wins: dict[tuple[int, ...], list[float]] = {true.chosen_ids: [], true.rejected_ids: []}
-    for _ in range(400):
-        pair = must_pair(shuffled(one_good, rows, convention=convention, rng=rng))
-        assert pair.pair_id == true.pair_id
-        assert pair.chosen_win > 0.5 > pair.rejected_win
-        assert pair.pair_win == pytest.approx(true.pair_win)
-        wins[pair.chosen_ids].append(pair.chosen_win)
-        wins[pair.rejected_ids].append(pair.rejected_win)
-    for ids, kept in ((true.chosen_ids, true.chosen_win), (true.rejected_ids, true.rejected_win)):
-        low, high = sorted({round(win, 9) for win in wins[ids]})
-        assert low == pytest.approx(min(kept, 1 - kept))
-        assert low + high == pytest.approx(1)
-        assert 160 < sum(win > 0.5 for win in wins[ids]) < 240
-
-
-def test_control_drops_the_same_rows_and_draws_once_a_row() -> None:
-    rng, rows = np.random.default_rng(5), responses(2)
-    dropped = shuffled(
-        judged(from_rewards(0.2, 0.0)), rows, convention="pairwise", rng=rng, min_margin=0.1
+def test_control_reverses_half_of_the_verdicts_and_nothing_else(convention: str) -> None:
+    """A reversed pair is that of a judge with the opposite logits, as `best_worst` finds it."""
+    real, opposite = [], []
+    for n in range(41):
+        rewards = [math.sin(7 * n + k) for k in range(5)]
+        logits, rows = judged(from_rewards(*rewards)), responses(5)
+        minus = judged(from_rewards(*(-reward for reward in rewards)))
+        real.append(must_pair(best_worst(logits, rows, convention=convention)))
+        opposite.append(must_pair(best_worst(minus, rows, convention=convention)))
+    control = reverse_half(real, np.random.default_rng(0))
+    turned = [n for n, pair in enumerate(control) if pair != real[n]]
+    assert len(turned) == 20
+    assert turned != list(range(20))
+    for n in turned:
+        for name in ("chosen_win", "rejected_win", "pair_win"):
+            assert getattr(control[n], name) == pytest.approx(getattr(opposite[n], name))
+            object.__setattr__(control[n], name, getattr(opposite[n], name))
+        assert control[n] == opposite[n]
+    assert reverse_half(real, np.random.default_rng(1)) != reverse_half(
+        real, np.random.default_rng(2)
     )
-    assert dropped is Dropped.SMALL_MARGIN
-    untouched = np.random.default_rng(5)
-    untouched.random()
-    assert rng.random() == untouched.random()
+    assert reverse_half([], np.random.default_rng(0)) == []
 
 
 def test_real_against_generated() -> None:
