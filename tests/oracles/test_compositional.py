@@ -139,11 +139,11 @@ def test_the_error_of_f_grows_with_the_path_and_is_reset_at_q() -> None:
 
     def mean_errors(lr: float) -> np.ndarray:
         squared = np.zeros(20)
-        for seed in range(40):
+        for seed in range(25):
 
             def see(iterate: Iterate, squared: np.ndarray = squared) -> None:
                 gap = iterate.estimates["F"] - gradient(iterate.x)
-                squared[iterate.nit] += float(gap @ gap) / 40
+                squared[iterate.nit] += float(gap @ gap) / 25
 
             minimize_compositional(
                 problem, np.ones(6), lr=lr, q=10, batch=1, max_iter=20, seed=seed, callback=see,

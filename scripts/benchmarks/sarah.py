@@ -1,0 +1,212 @@
+"""Gap to the optimum against IFO calls: SARAH-C, VRSC-PG, STORM-C, SCGD, ASC-PG, gradient descent.
+
+Every method gets the same budget of IFO calls (of g, ∂g and ∇f together) and the same grid of
+lengths of step on every problem; the length is chosen by the mean final gap over tuning seeds, and
+other seeds are reported. SARAH-C and VRSC-PG also choose q, the steps from anchor to anchor, out of
+the theory's (2m+n) / (3 batch) and 10. All have the same batches. Ends with one JSON line.
+
+    python scripts/benchmarks/sarah.py                # 12 to 60 passes, 8 seeds
+    python scripts/benchmarks/sarah.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparring.science import compositional_examples as examples
+from sparring.science.compositional import CompositionalProblem, minimize_compositional
+
+METHODS = ("sarah-c", "vrsc-pg", "storm-c", "scgd", "asc-pg", "gd")
+# Below this a gap is rounding.
+FLOOR = 1e-13
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A problem with its start and the longest step of its grid."""
+
+    make: Callable[[], CompositionalProblem]
+    start: Callable[[], np.ndarray]
+    longest: float
+    batch: int = 5
+
+
+def around(size: int, scale: float) -> Callable[[], np.ndarray]:
+    return lambda: scale * np.random.default_rng(0).standard_normal(size)
+
+
+def settings(quick: bool) -> dict[str, Setting]:
+    """Real portfolio, synthetic portfolio, two Bellman problems, tanh regression, SNE on digits."""
+    states, features = (60, 10) if quick else (400, 100)
+    points = 40 if quick else 200
+    chosen = {
+        "portfolio, 30 Ken French portfolios": Setting(
+            lambda: examples.portfolio(examples.monthly_returns()), lambda: np.ones(30), 2e-3
+        ),
+        "portfolio, synthetic": Setting(
+            lambda: examples.portfolio(examples.synthetic_returns()),
+            lambda: np.ones(200),
+            0.05,
+        ),
+        "Bellman, random": Setting(
+            lambda: examples.random_bellman(states, features), lambda: np.zeros(features), 1.0
+        ),
+        "Bellman, FrozenLake": Setting(examples.gymnasium_bellman, lambda: np.zeros(16), 10.0, 2),
+        "tanh regression": Setting(
+            lambda: examples.tanh_regression(60 if quick else 400), around(20, 0.5), 3.0
+        ),
+        "SNE, digits": Setting(
+            lambda: examples.digits_sne(points, perplexity=points / 10),
+            around(2 * points, 0.1),
+            10.0,
+        ),
+    }
+    if quick:
+        del chosen["portfolio, synthetic"], chosen["Bellman, FrozenLake"]
+    return chosen
+
+
+def reference(problem: CompositionalProblem, start: np.ndarray, lr: float) -> float:
+    """Φ*, or for SNE the lowest value of a long descent, which is local."""
+    if problem.optimum is not None:
+        return problem.optimum
+    return float(minimize_compositional(problem, start, "gd", lr=lr, max_iter=1500, records=1).fun)
+
+
+def final(
+    problem: CompositionalProblem,
+    setting: Setting,
+    method: str,
+    choice: tuple[float, int | None],
+    budget: int,
+    seed: int,
+) -> tuple[float, dict[str, Any]]:
+    """Φ at the end for (lr, q), and the history; infinite where it diverged."""
+    lr, q = choice
+    result = minimize_compositional(
+        problem, setting.start(), method, lr=lr, q=q, batch=setting.batch, max_ifo=budget,
+        seed=seed, records=20,
+    )  # fmt: skip
+    return (float(result.fun) if result.success else float("inf")), result.history
+
+
+def interval(values: list[float]) -> list[float]:
+    """Geometric mean with the range over seeds."""
+    logs = [float(np.log(max(v, FLOOR))) for v in values]
+    return [float(f"{np.exp(x):.3g}") for x in (statistics.mean(logs), min(logs), max(logs))]
+
+
+def compare(
+    name: str, setting: Setting, passes: int, seeds: int, tuning: int, lengths: int
+) -> dict[str, Any]:
+    problem = setting.make()
+    pass_cost = 2 * (problem.inner_count or 0) + (problem.outer_count or 0)
+    budget = passes * pass_cost
+    grid = [setting.longest * 10 ** (-k / 2) for k in range(lengths)]
+    found: dict[str, dict[str, Any]] = {}
+    values: dict[str, list[float]] = {}
+    for method in METHODS:
+        again = 1 if method == "gd" else tuning
+        lengths_of_epoch = (None, 10) if method in ("sarah-c", "vrsc-pg") else (None,)
+        tried = {
+            (lr, q): statistics.mean(
+                final(problem, setting, method, (lr, q), budget, 1000 + s)[0] for s in range(again)
+            )
+            for lr in grid
+            for q in lengths_of_epoch
+        }
+        best = min(tried, key=lambda choice: tried[choice])
+        runs = [
+            final(problem, setting, method, best, budget, s)
+            for s in range(1 if method == "gd" else seeds)
+        ]
+        values[method] = [value for value, _ in runs]
+        found[method] = {
+            "lr": float(f"{best[0]:.3g}"),
+            "q": best[1] or "theory",
+            "at_edge": best[0] in (grid[0], grid[-1]),
+            "ifo_over_n": [round(float(x) / pass_cost, 2) for x in runs[0][1]["ifo"]],
+            "curves": [run["fun"] for _, run in runs],
+        }
+    known = problem.optimum is not None
+    bottom = min(min(map(min, values.values())), reference(problem, setting.start(), grid[0] / 3))
+    for method in METHODS:
+        gaps = [value - bottom for value in values[method]]
+        found[method]["gap"] = interval(gaps)
+        curves = np.array(
+            [c[: min(map(len, found[method]["curves"]))] for c in found[method]["curves"]]
+        )
+        mean = np.exp(np.log(np.maximum(curves - bottom, FLOOR)).mean(0))
+        found[method]["curves"] = [float(f"{value:.3g}") for value in mean]
+        low, high = found[method]["gap"][1:]
+        edge = "  (edge of the grid)" if found[method]["at_edge"] else ""
+        print(
+            f"{name:36} {method:8} lr {found[method]['lr']:<8g} "
+            f"q {found[method]['q']!s:6} gap {found[method]['gap'][0]:9.3g} "
+            f"[{low:.3g}, {high:.3g}]{edge}",
+            flush=True,
+        )
+    return {"passes": passes, "optimum_known": known, "methods": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passes", type=int, nargs="+", default=[12, 60])
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--tuning-seeds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, default=7, help="lengths of step, factor √10 apart")
+    parser.add_argument("--problems", nargs="+", help="starts of names of problems")
+    parser.add_argument("--quick", action="store_true", help="small problems, few seeds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # small matrices: threads only wait for each other
+    if arguments.quick:
+        arguments.passes, arguments.seeds = [4], 3
+        arguments.tuning_seeds, arguments.lengths = 1, 4
+    started = time.perf_counter()
+    chosen = {
+        name: setting
+        for name, setting in settings(arguments.quick).items()
+        if not arguments.problems or name.startswith(tuple(arguments.problems))
+    }
+    if not chosen:
+        parser.error(f"no problem starts with {arguments.problems}")
+    found = {
+        f"{name}, {passes} passes": compare(
+            name, setting, passes, arguments.seeds, arguments.tuning_seeds, arguments.lengths
+        )
+        for name, setting in chosen.items()
+        for passes in arguments.passes
+    }
+    ratios = [
+        m["methods"]["sarah-c"]["gap"][0] / m["methods"]["vrsc-pg"]["gap"][0]
+        for m in found.values()
+    ]
+    winners = {
+        name: min(METHODS, key=lambda method, m=m: m["methods"][method]["gap"][0])
+        for name, m in found.items()
+    }
+    for name, method in winners.items():
+        print(f"lowest gap, {name}: {method}")
+    summary = {
+        "benchmark": "sarah",
+        "quick": arguments.quick,
+        "seeds": arguments.seeds,
+        "gap_ratio_sarah_vs_vrsc": float(f"{np.exp(np.mean(np.log(ratios))):.3g}"),
+        "winners": winners,
+        "seconds": round(time.perf_counter() - started, 1),
+        "problems": found,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The benchmarks' smallest setting: they run, and end with a line of JSON that has its keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert summary["benchmark"] == name
+    return summary
+
+
+def test_sarah() -> None:
+    options = ["--passes", "2", "--seeds", "2", "--tuning-seeds", "1", "--lengths", "2"]
+    found = run("sarah", *options, "--problems", "Bellman, FrozenLake")
+    (problem,) = found["problems"].values()
+    assert problem["optimum_known"]
+    for method in ("sarah-c", "vrsc-pg", "storm-c", "scgd", "asc-pg", "gd"):
+        mean, low, high = problem["methods"][method]["gap"]
+        assert 0 < low <= mean <= high
+    assert found["winners"].keys() == found["problems"].keys()
+
+
+def test_admm_sme() -> None:
+    options = ["--paths", "200", "--steps", "20", "--rounds", "2", "--monte-carlo", "0"]
+    found = run("admm_sme", *options)
+    assert abs(found["weak_error_slope"] - 1) < 0.05
+    assert abs(found["slope_with_2_minus_alpha"]) < 0.05
+    assert abs(found["std_collapse_ratio"] - 1) < 0.01
+    assert found["fixed_point_error"] < 1e-10
+    assert found["speed"]["baseline"] in ("torchsde sdeint euler", "one path after the other")
+    assert found["speed"]["times_faster"] > 0

@@ -1,0 +1,38 @@
+"""Every Python block of docs/science runs, one page in one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "science").glob("*.md"))
+OURS = ("index.md", "compositional.md", "admm.md")
+
+
+def test_the_pages_are_there() -> None:
+    assert set(OURS) <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name in OURS], ids=lambda p: p.stem
+)
+def test_blocks_run(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    if page.stem != "index":
+        assert len(blocks) >= 3
+    script = "import warnings; warnings.simplefilter('error')\n" + "\n".join(blocks)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
