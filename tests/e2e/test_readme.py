@@ -34,5 +34,5 @@ def test_the_data_stages_go_from_prompts_to_a_policy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "work/policy/model.safetensors").stat().st_size > 5e8
     assert (tmp_path / "work/judged/judged.parquet").is_file()
-    printed = [line.split(":")[0] for line in done.stdout.splitlines()]
+    printed = [line.split(":")[0] for line in done.stdout.splitlines() if line[:5] == "work/"]
     assert printed == [f"work/{n}" for n in ("responses", "judged", "pairs", "reference", "policy")]
