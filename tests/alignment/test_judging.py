@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from one_stage import run_stage
 
 from sparring.alignment.health import judged_text
 from sparring.alignment.judges.build import build_judge
 from sparring.alignment.preferences import win_probabilities
 from sparring.alignment.response_files import read_responses
 from sparring.alignment.rows import Judged, Ranked
-from sparring.alignment.stages import STAGES
 from sparring.launch import cli
 from sparring.launch.artifacts import Artifact
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows
-from sparring.launch.stages import LaunchConfig, Step, execute, numbered
-
-
-def run(kind: str, output: Path, inputs: dict[str, Path], **settings: Any) -> Artifact:
-    stage = STAGES[kind]
-    step = Step(kind, stage, stage.config(**settings), {}, seed=2)
-    launch = LaunchConfig(inline=tuple(STAGES))
-    made, _ = execute(step, inputs, output, launch, logs=output.parent, on_event=lambda _: None)
-    return made
+from sparring.launch.stages import numbered
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +29,9 @@ def inputs(tiny_chain: dict[str, Path]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def judged(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return run("judge", tmp_path_factory.mktemp("j") / "letters", inputs, name="letter_judge:make")
+    return run_stage(
+        "judge", tmp_path_factory.mktemp("j") / "letters", inputs, name="letter_judge:make"
+    )
 
 
 def test_ranks_are_those_of_the_win_probabilities(
@@ -70,7 +63,9 @@ def test_the_judge_itself_is_examined(judged: Artifact) -> None:
 
 def test_two_judges_are_compared(inputs: dict[str, Path], judged: Artifact, tmp_path: Path) -> None:
     given = {**inputs, "second": judged.path}
-    sharper = run("judge", tmp_path / "s", given, name="letter_judge:make", options={"weight": 2.0})
+    sharper = run_stage(
+        "judge", tmp_path / "s", given, name="letter_judge:make", options={"weight": 2.0}
+    )
     health = sharper.figures["health"]
     assert health["agreement"][0] == 1
     assert health["kendall"][0] == pytest.approx(1)
@@ -79,7 +74,7 @@ def test_two_judges_are_compared(inputs: dict[str, Path], judged: Artifact, tmp_
 
 
 def test_health_can_be_left_out_and_asked_for(inputs: dict[str, Path], tmp_path: Path) -> None:
-    made = run("judge", tmp_path / "a", inputs, name="letter_judge:make", health=False)
+    made = run_stage("judge", tmp_path / "a", inputs, name="letter_judge:make", health=False)
     assert "health" not in made.figures
     paths = ["--prompts", "p.jsonl", "--responses", "r", "--out", "o"]
     options = cli._stage_options("judge", [*paths, "--health"])[2]
@@ -90,12 +85,12 @@ def test_portions_merge_to_the_whole(
     inputs: dict[str, Path], judged: Artifact, tmp_path: Path
 ) -> None:
     parts = [
-        run(
+        run_stage(
             "judge", tmp_path / f"{n}", inputs, name="letter_judge:make", chunk=5, shard=f"{n}/3"
         ).path
         for n in range(3)
     ]
-    merged = run("merge", tmp_path / "m", numbered("shards", parts)).path
+    merged = run_stage("merge", tmp_path / "m", numbered("shards", parts)).path
     for name in ("judged.parquet", "ranked.parquet"):
         assert (merged / name).read_bytes() == (judged.path / name).read_bytes()
 
@@ -126,7 +121,7 @@ def test_one_response_a_prompt_is_judged_and_ranked(tmp_path: Path) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"prompt": "a?", "responses": ["aaa"]}) + "\n")
     given = {"prompts": file, "responses": file}
-    made = run("judge", tmp_path / "j", given, name="letter_judge:make")
+    made = run_stage("judge", tmp_path / "j", given, name="letter_judge:make")
     assert read_rows(made.path / "judged.parquet", Judged)[0].logits == ((0.0,),)
     (row,) = read_rows(made.path / "ranked.parquet", Ranked)
     assert (row.rank, row.win_probability) == (1, 0.5)
@@ -134,5 +129,7 @@ def test_one_response_a_prompt_is_judged_and_ranked(tmp_path: Path) -> None:
 
 def test_a_judge_that_returns_nan_ends_the_stage(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SparringError, match="judge letter returned nan for prompt"):
-        run("judge", tmp_path / "j", inputs, name="letter_judge:make", options={"broken": 1.0})
+        run_stage(
+            "judge", tmp_path / "j", inputs, name="letter_judge:make", options={"broken": 1.0}
+        )
     assert not (tmp_path / "j" / "manifest.json").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_stage import run_stage
 from safetensors.torch import load_file, save_file
 
 from sparring.alignment import generate, parity
@@ -18,26 +19,14 @@ from sparring.alignment.engines import Request, Sample, build_engine
 from sparring.alignment.logprobs import ScoredPolicy, sampling_logps
 from sparring.alignment.models import load_policy
 from sparring.alignment.rows import Response
-from sparring.alignment.stages import STAGES
-from sparring.launch.artifacts import Artifact
 from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows, write_rows
-from sparring.launch.stages import LaunchConfig, Step, execute
-
-INLINE = LaunchConfig(inline=tuple(STAGES))
-
-
-def stage(kind: str, output: Path, inputs: dict[str, Path], **settings: Any) -> Artifact:
-    record = STAGES[kind]
-    step = Step(kind, record, record.config(**settings), {}, seed=3)
-    made, _ = execute(step, inputs, output, INLINE, logs=output.parent, on_event=lambda _: None)
-    return made
 
 
 def sampled(folder: Path, model: Path, prompts: Path, **settings: Any) -> dict[str, Path]:
     """Responses of the transformers engine with 6 probes, as the gate's inputs."""
     own = {"engine": "transformers", "k": 2, "max_new_tokens": 20, "chunk": 4, "probes": 6}
-    stage("generate", folder / "r", {"model": model, "prompts": prompts}, **{**own, **settings})
+    run_stage("generate", folder / "r", {"model": model, "prompts": prompts}, **{**own, **settings})
     return {"model": model, "prompts": prompts, "responses": folder / "r"}
 
 
@@ -72,7 +61,7 @@ def test_agreement(
 ) -> None:
     settings = {"temperature": temperature, "top_p": top_p}
     inputs = sampled(tmp_path, tiny_model, prompts, **settings)
-    figures = stage("parity", tmp_path / "p", inputs, **settings).figures
+    figures = run_stage("parity", tmp_path / "p", inputs, **settings).figures
     assert figures["agrees"]
     assert figures["probes"] == 6
     assert figures["worst_difference"] < 1e-4
@@ -122,7 +111,7 @@ def test_a_wrong_temperature_is_found_and_named(
 ) -> None:
     inputs = sampled(tmp_path, tiny_model, prompts, temperature=sampled_at)
     with pytest.raises(SparringError, match="sampler and trainer disagree") as caught:
-        stage("parity", tmp_path / "p", inputs, temperature=1.0)
+        run_stage("parity", tmp_path / "p", inputs, temperature=1.0)
     assert f"fit temperature {sampled_at} (mean" in str(caught.value)
     assert not (tmp_path / "p" / "manifest.json").exists()
 
@@ -130,7 +119,7 @@ def test_a_wrong_temperature_is_found_and_named(
 def test_a_forgotten_top_p_is_found(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
     inputs = sampled(tmp_path, tiny_model, prompts, temperature=0.7)
     with pytest.raises(SparringError, match=r"worst .* [1-9]\d* outside the nucleus"):
-        stage("parity", tmp_path / "p", inputs, temperature=0.7, top_p=0.5)
+        run_stage("parity", tmp_path / "p", inputs, temperature=0.7, top_p=0.5)
 
 
 def test_an_engine_that_adds_a_second_bos_is_found(
@@ -148,7 +137,7 @@ def test_an_engine_that_adds_a_second_bos_is_found(
     monkeypatch.setattr(generate, "build_engine", TwoBos)
     inputs = sampled(tmp_path, tiny_model, prompts)
     with pytest.raises(SparringError, match="sampler and trainer disagree"):
-        stage("parity", tmp_path / "p", inputs)
+        run_stage("parity", tmp_path / "p", inputs)
 
 
 def test_prompt_ids_must_be_the_templates(good: dict[str, Path], tmp_path: Path) -> None:
@@ -156,9 +145,9 @@ def test_prompt_ids_must_be_the_templates(good: dict[str, Path], tmp_path: Path)
         good, tmp_path / "a", lambda r: dataclasses.replace(r, prompt_ids=(1, *r.prompt_ids))
     )
     with pytest.raises(SparringError, match=r"begins with two BOS tokens \(<s>\)"):
-        stage("parity", tmp_path / "p", twice)
+        run_stage("parity", tmp_path / "p", twice)
     with pytest.raises(SparringError, match=r"they part at token 0: .* template 'instruction'"):
-        stage("parity", tmp_path / "q", good, template="instruction")
+        run_stage("parity", tmp_path / "q", good, template="instruction")
 
 
 def test_endings_must_be_the_trainers(good: dict[str, Path], tmp_path: Path) -> None:
@@ -167,7 +156,7 @@ def test_endings_must_be_the_trainers(good: dict[str, Path], tmp_path: Path) -> 
         return dataclasses.replace(row, response_ids=ids)
 
     with pytest.raises(SparringError, match=r"'stop' with 2 of the end tokens \[2\]"):
-        stage("parity", tmp_path / "p", rewritten(good, tmp_path / "a", double))
+        run_stage("parity", tmp_path / "p", rewritten(good, tmp_path / "a", double))
 
 
 def test_stale_weights_are_found(tiny_model: Path, good: dict[str, Path], tmp_path: Path) -> None:
@@ -179,10 +168,10 @@ def test_stale_weights_are_found(tiny_model: Path, good: dict[str, Path], tmp_pa
     changed = {name: w + 0.02 * torch.randn_like(w) for name, w in weights.items()}
     save_file(changed, newer / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SparringError, match="was sampled from other weights"):
-        stage("parity", tmp_path / "p", {**good, "model": newer})
+        run_stage("parity", tmp_path / "p", {**good, "model": newer})
     bare = rewritten(good, tmp_path / "bare", lambda row: row)
     with pytest.raises(SparringError, match="Look at the weights"):
-        stage("parity", tmp_path / "q", {**bare, "model": newer})
+        run_stage("parity", tmp_path / "q", {**bare, "model": newer})
 
 
 def test_without_probes_the_gate_says_how_to_get_some(
@@ -190,7 +179,7 @@ def test_without_probes_the_gate_says_how_to_get_some(
 ) -> None:
     bare = rewritten(good, tmp_path / "a", lambda row: dataclasses.replace(row, logps=()))
     with pytest.raises(SparringError, match=r"sample again with `--probes 8`"):
-        stage("parity", tmp_path / "p", bare)
+        run_stage("parity", tmp_path / "p", bare)
 
 
 def test_numbers_that_are_none_do_not_pass(good: dict[str, Path], tmp_path: Path) -> None:
@@ -198,10 +187,10 @@ def test_numbers_that_are_none_do_not_pass(good: dict[str, Path], tmp_path: Path
         return dataclasses.replace(row, logps=(float("nan"), *row.logps[1:]) if row.logps else ())
 
     with pytest.raises(SparringError, match="worst inf"):
-        stage("parity", tmp_path / "p", rewritten(good, tmp_path / "a", broken))
+        run_stage("parity", tmp_path / "p", rewritten(good, tmp_path / "a", broken))
 
 
 def test_tolerances_can_be_set(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
     inputs = sampled(tmp_path, tiny_model, prompts, temperature=0.8)
     wide = {"mean_tolerance": 5.0, "token_tolerance": 50.0}
-    assert stage("parity", tmp_path / "p", inputs, temperature=1.0, **wide).figures["agrees"]
+    assert run_stage("parity", tmp_path / "p", inputs, temperature=1.0, **wide).figures["agrees"]

@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from one_stage import run_stage
 
 from sparring.alignment import tokens
 from sparring.alignment.generate import read_prompts
@@ -17,10 +18,9 @@ from sparring.alignment.prompt_files import load_prompts
 from sparring.alignment.prompting import read_prompt_set
 from sparring.alignment.response_files import read_responses
 from sparring.alignment.rows import Pair, Response
-from sparring.alignment.stages import STAGES, GenerateStage
+from sparring.alignment.stages import GenerateStage
 from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows
-from sparring.launch.stages import LaunchConfig, Step, execute
 
 ROWS = [
     {"prompt": "a cat?", "responses": ["no", "aaa", "a dog"]},
@@ -31,14 +31,6 @@ ROWS = [
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def run(kind: str, output: Path, inputs: dict[str, Path], **settings: Any) -> Path:
-    stage = STAGES[kind]
-    step = Step(kind, stage, stage.config(**settings), {}, seed=2)
-    launch = LaunchConfig(inline=tuple(STAGES))
-    execute(step, inputs, output, launch, logs=output.parent, on_event=lambda _: None)
-    return output
 
 
 def test_a_list_a_prompt(tmp_path: Path) -> None:
@@ -113,11 +105,11 @@ def test_from_a_file_to_training_pairs(tiny_model: Path, tmp_path: Path) -> None
     """One file is prompts and responses; pairs hold the tokens that training would see."""
     file = jsonl(tmp_path / "both.jsonl", ROWS)
     inputs = {"prompts": file, "responses": file}
-    judged = run("judge", tmp_path / "judged", inputs, name="letter_judge:make")
+    judged = run_stage("judge", tmp_path / "judged", inputs, name="letter_judge:make").path
     with pytest.raises(SparringError, match="texts without token ids; give --model"):
-        run("pair", tmp_path / "p", {**inputs, "judged": judged})
+        run_stage("pair", tmp_path / "p", {**inputs, "judged": judged})
     given = {**inputs, "judged": judged, "model": tiny_model}
-    pairs = read_rows(run("pair", tmp_path / "q", given) / "pairs.parquet", Pair)
+    pairs = read_rows(run_stage("pair", tmp_path / "q", given).path / "pairs.parquet", Pair)
     tokenizer = tokens.load_tokenizer(tiny_model)
     assert len(pairs) == 1  # the other prompt's worst response is empty
     chosen, rejected = (
@@ -137,7 +129,7 @@ def test_given_ids_stay(tiny_chain: dict[str, Path], tmp_path: Path) -> None:
         "judged": tiny_chain["judge"],
         "model": tiny_chain["model"],
     }
-    again = run("pair", tmp_path / "p", inputs)
+    again = run_stage("pair", tmp_path / "p", inputs).path
     before = read_rows(tiny_chain["pair"] / "pairs.parquet", Pair)
     assert read_rows(again / "pairs.parquet", Pair) == before
     sampled = {
@@ -152,7 +144,7 @@ def test_given_ids_stay(tiny_chain: dict[str, Path], tmp_path: Path) -> None:
 
 def test_every_prompt_of_a_file_as_it_comes(tiny_prompts: Path, tmp_path: Path) -> None:
     settings = {"source": str(tiny_prompts), "train": 0, "heldout": 0}
-    made = run("prompts", tmp_path / "p", {}, **settings)
+    made = run_stage("prompts", tmp_path / "p", {}, **settings).path
     assert read_prompt_set(made) == load_prompts(tiny_prompts)
 
 

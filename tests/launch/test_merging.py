@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from one_stage import run_stage
 
-from sparring.alignment.stages import STAGES
 from sparring.launch import cli, shards
 from sparring.launch.config import parse_portion
 from sparring.launch.errors import SparringError, UsageError
-from sparring.launch.stages import LaunchConfig, Step, execute, many, numbered
+from sparring.launch.stages import many, numbered
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 23, 24])
@@ -48,16 +47,6 @@ def test_numbered_inputs_keep_their_order() -> None:
     assert many("shards", inputs) == given
 
 
-def run(
-    kind: str, output: Path, inputs: dict[str, Path], *, seed: int = 2, **settings: Any
-) -> Path:
-    stage = STAGES[kind]
-    step = Step(kind, stage, stage.config(**settings), {}, seed)
-    launch = LaunchConfig(inline=tuple(STAGES))
-    execute(step, inputs, output, launch, logs=output.parent, on_event=lambda _: None)
-    return output
-
-
 @pytest.fixture(scope="module")
 def work(
     tiny_model: Path, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory
@@ -66,16 +55,20 @@ def work(
     folder = tmp_path_factory.mktemp("merging")
     inputs = {"model": tiny_model, "prompts": tiny_prompts}
     settings = {"engine": "transformers", "k": 2, "max_new_tokens": 6, "chunk": 23, "probes": 0}
-    made = {"whole": run("generate", folder / "whole", inputs, **settings)}
+    made = {"whole": run_stage("generate", folder / "whole", inputs, **settings).path}
     for n in range(3):
-        made[f"{n}/3"] = run("generate", folder / f"s{n}", inputs, **settings, shard=f"{n}/3")
-    made["0/2"] = run("generate", folder / "half", inputs, **settings, shard="0/2")
-    made["other"] = run("generate", folder / "seed", inputs, **settings, shard="1/3", seed=9)
+        made[f"{n}/3"] = run_stage(
+            "generate", folder / f"s{n}", inputs, **settings, shard=f"{n}/3"
+        ).path
+    made["0/2"] = run_stage("generate", folder / "half", inputs, **settings, shard="0/2").path
+    made["other"] = run_stage(
+        "generate", folder / "seed", inputs, **settings, shard="1/3", seed=9
+    ).path
     return made
 
 
 def merged(output: Path, parts: list[Path]) -> Path:
-    return run("merge", output, numbered("shards", parts))
+    return run_stage("merge", output, numbered("shards", parts)).path
 
 
 def test_merged_shards_are_the_bytes_of_the_whole(work: dict[str, Path], tmp_path: Path) -> None:
