@@ -1,0 +1,54 @@
+"""Ranks as rollout workers: sums over them, and their share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def place() -> tuple[int, int]:
+    """(rank, world size); (0, 1) where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _device() -> str:
+    """Where the backend reduces: NCCL knows no tensors on the CPU."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of each tensor over all ranks, in its own type, by one all-reduce in float64."""
+    if place()[1] == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).to(_device())
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view_as(like).to(like) for part, like in zip(parts, tensors, strict=True)]
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' values."""
+    if place()[1] == 1:
+        return value
+    held = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return float(held)
+
+
+def share(numbers: Sequence[int]) -> Sequence[int]:
+    """Every world-size-th number, from this rank's on."""
+    rank, world = place()
+    return numbers[rank::world]
+
+
+def same_parameters(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if place()[1] > 1:
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                dist.broadcast(tensor, src=0)

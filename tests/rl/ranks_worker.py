@@ -1,0 +1,57 @@
+"""A rank of the rollout-worker checks: `ranks_worker.py OUT`, with RANK and so on set."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_process import process, softmax
+
+from sparring.rl import GaussianPolicy, StormPG
+
+CASES: list[dict[str, Any]] = [
+    {"baseline": "loo"},
+    {"baseline": "loo", "estimator": "pgt", "optimizer": "mars"},
+    {"baseline": "running", "optimizer": "sgd", "defensive": 0.4},
+    {"baseline": "loo", "estimator": "reinforce", "clip": 1.2, "optimizer": "normalised"},
+    {"env": "sparring/ContinuousCartPole-v0"},
+]
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Parameters and records of a short run; batches that two ranks cannot share evenly."""
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    settings = dict(case)
+    env = settings.pop("env", None)
+    policy = softmax(0) if env is None else GaussianPolicy(4, 1, hidden=(8,), dtype=torch.float64)
+    method = StormPG(policy, env or process(4), alpha=0.4, init_batch=7, batch=5, lr=0.1,
+                     horizon=4 if env is None else 40, gamma=0.9, **settings)  # fmt: skip
+    records = method.train(max_trajectories=40, seed=3).records
+    for record in records:
+        del record["seconds"]
+    return {
+        "g": [value for tensor in method.direction for value in tensor.flatten().tolist()],
+        "parameters": [value for p in policy.parameters() for value in p.flatten().tolist()],
+        "records": records,
+    }
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    results = [run(case) for case in CASES]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, results)
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # The folder of this script is on the path, which tiny_process needs.
+    assert "RANK" in os.environ
+    main()
