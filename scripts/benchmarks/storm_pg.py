@@ -11,7 +11,7 @@ tuning seeds with the same number of trajectories; the best is measured on other
 count, with 95 % t-intervals. A run that diverges counts, from there on, with its first batch's
 return. The last line printed is JSON. Finished runs are lines of OUT/runs.jsonl, not made again.
 
-    python scripts/benchmarks/storm_pg.py --out runs/storm-pg     # about half an hour on one core
+    python scripts/benchmarks/storm_pg.py --out runs/storm-pg     # about twenty minutes, one core
     python scripts/benchmarks/storm_pg.py --out runs/quick --quick  # seconds, figures of no use
 """
 
@@ -240,7 +240,7 @@ def family(runs: Runs, options: argparse.Namespace) -> Record:
             return runs.get({"part": "tabular", "method": name, "settings": settings,
                              "seed": seed, "trajectories": options.family})  # fmt: skip
 
-        # Not for |grad J|^2: on the plateaus of a softmax, where large steps end, that is small too.
+        # Not for |grad J|^2, which is small on the plateaus where large steps end, too.
         best = max(
             candidates(method, (0.3, 1.0, 3.0), options.quick),
             key=lambda s: mean(measure(s, seed)["objective"] for seed in options.tuning),
