@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_loop_leaves_every_artifact_and_a_report(run: Path) -> None:
     steps = {path.parent.relative_to(run).as_posix() for path in run.glob("**/manifest.json")}
-    wanted = {"prompts", "model", "iter0/train", "iter0/extrapolate", "iter1/train"}
+    wanted = {"prompts", "model", "iter0/parity", "iter0/train", "iter0/extrapolate", "iter1/train"}
     wanted |= {f"heldout{t}/evaluate" for t in range(3)}
     assert wanted <= steps
     assert "pass rate" in (run / "report.html").read_text()
@@ -38,7 +38,7 @@ def test_running_again_computes_nothing(run: Path, capsys: pytest.CaptureFixture
     assert main(["demo", "--out", str(run), *SMALL, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["computed"] == 0
-    assert result["kept"] == 19
+    assert result["kept"] == 21
 
 
 def test_training_sees_the_ids_that_vllm_sampled(run: Path) -> None:
