@@ -137,11 +137,13 @@ def test_output_goes_to_the_log_and_events_to_the_driver(tmp_path: Path) -> None
 
 
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from toy_pipeline import ADD, Add
 from sparring.launch import runs, stages
 from sparring.launch.errors import Stopped
+# What a shell starts in the background ignores Ctrl-C, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path(sys.argv[1])
 try:
     with runs.sigterm_stops():
