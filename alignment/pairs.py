@@ -187,7 +187,7 @@ def all_responses(
 ) -> list[Pair | Dropped]:
     """Every response with its own P̂, for losses that are a sum over single responses (SPPO's).
 
-    SPPO's paper allows training on all K instead of two of them (arXiv 2405.00675, section 4). A
+    SPPO's paper allows training on all K instead of two of them (arXiv 2405.00675). A
     pair's loss is the mean of its two terms, so the mean over pairs is the mean over responses when
     each response is in equally many pairs: ranked by P̂, first with last, second with last but one
     where K is even; a ring of neighbours where K is odd, in which each is twice, at twice the work.
