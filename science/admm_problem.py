@@ -6,6 +6,7 @@ Shape legend: D variables, M rows of A.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparring.science.admm_terms import (
 )
 
 
-class Penalty:
+class Penalty(ABC):
     """g, convex and separable, with a prox; works on numpy arrays and torch tensors alike."""
 
     smooth = True
@@ -38,25 +39,25 @@ class Penalty:
     def _beta(self, like: Any) -> Any:
         return torch.as_tensor(self.beta).to(like) if isinstance(like, Tensor) else self.beta
 
+    @abstractmethod
     def value(self, z: FloatArray) -> float:
         """g(z)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prox(self, v: ArrayOrTensor, step: float) -> ArrayOrTensor:
         """argmin_z g(z) + ‖z − v‖² / (2 step), in the shape of v (..., M)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, z: ArrayOrTensor) -> ArrayOrTensor:
         """g'(z), in the shape of z (..., M).
 
         Raises:
             ValueError: g is not differentiable.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def curvature(self, z: FloatArray) -> FloatArray:
         """(M,) the diagonal of g''(z)."""
-        raise NotImplementedError
 
 
 class Ridge(Penalty):
@@ -99,6 +100,10 @@ class L1(Penalty):
     def gradient(self, z: ArrayOrTensor) -> ArrayOrTensor:
         """None exists at 0."""
         raise ValueError("the l1 penalty has no gradient at 0; use Huber(beta, delta)")
+
+    def curvature(self, z: FloatArray) -> FloatArray:
+        """None exists at 0."""
+        raise ValueError("the l1 penalty has no curvature at 0; use Huber(beta, delta)")
 
 
 class Huber(Penalty):

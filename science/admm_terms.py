@@ -6,6 +6,7 @@ Shape legend: D variables, M rows of A, N samples, P paths, K dimensions of the 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def factor(matrix: FloatArray) -> tuple[FloatArray, bool]:
     return factored
 
 
-class SmoothTerm:
+class SmoothTerm(ABC):
     """f(x) = E f(x, ξ), convex and twice differentiable; `draw` gives ξ, None stands for the mean.
 
     Subclasses have value, gradient and hessian; the last two also with a ξ.
@@ -69,17 +70,17 @@ class SmoothTerm:
     dimension: int
     samples = 1  # what a gradient without ξ costs, in sample gradients
 
+    @abstractmethod
     def value(self, x: FloatArray, xi: Any = None) -> float:
         """f(x) or f(x, ξ)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, x: FloatArray, xi: Any = None) -> FloatArray:
         """(D,) f'(x) or f'(x, ξ)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hessian(self, x: FloatArray, xi: Any = None) -> FloatArray:
         """(D, D) f''(x) or f''(x, ξ)."""
-        raise NotImplementedError
 
     def draw(self, rng: np.random.Generator, batch: int) -> Any:
         """ξ of a batch of samples."""
