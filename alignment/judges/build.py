@@ -121,12 +121,20 @@ def build_judge(name: str, path: str | None = None, **options: Any) -> Judge:
             )
         factory = plugins[name].load()
     _refuse_unknown(name, options)
-    # Recipes give numbers as floats; a batch size of 16.0 is the count 16.
-    exact = {
-        key: int(value) if isinstance(value, float) and value.is_integer() else value
-        for key, value in options.items()
-    }
-    return factory(path, **exact)
+    return factory(path, **{key: _exact(value) for key, value in options.items()})
+
+
+def _exact(value: Any) -> Any:
+    """An option as it was meant: a command line gives "0.2" and "True" as text, a recipe may give
+    the count 16 as 16.0."""
+    if isinstance(value, str):
+        if value in ("True", "False"):
+            return value == "True"
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def build_ensemble(members: Sequence[JudgeMember]) -> Judge:

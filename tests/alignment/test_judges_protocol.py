@@ -123,3 +123,10 @@ def test_importing_judges_and_prompts_costs_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_options_from_a_command_line_are_numbers_and_switches():
+    """There they come as text, as in `sparring judge --options min_relevance 0.3`."""
+    assert build_judge("verifier", relevance="False", min_relevance="0.3").min_relevance == 0.3
+    judge = build_judge("relevance", sharpness="10", device="cpu")
+    assert (judge.sharpness, judge.relevance.device.type) == (10.0, "cpu")
