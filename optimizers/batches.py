@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparring.optimizers.adamw import Settings
+from sparring.optimizers.kernel import Kernel
 from sparring.optimizers.layouts import Layout, Segment, local
 from sparring.optimizers.orthogonal import segment_view
 from sparring.optimizers.rules import Rule
@@ -32,8 +33,11 @@ class Batch:
     layouts: list[Layout] = field(default_factory=list)
     low_precision: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Parameters of 16 bits with the float32 copies that stand in `params` for them."""
-    chunked: bool = False
-    """Whether correction and update go through the cache together, chunk by chunk."""
+    kernel: Kernel | None = None
+    """What makes the whole step in one pass, if anything; c then never stands in memory."""
+    scales: list[float] = field(default_factory=list)
+    """For the kernel: 1 / max(1, |c|) of the parameter behind each tensor, where ranks share some;
+    else it is found tensor by tensor, while that is in the cache."""
 
     def add(self, tensor: Tensor, state: dict[str, Any], layout: Layout, segment: Segment) -> None:
         """Put in what a segment of a tensor holds."""

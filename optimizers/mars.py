@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sparring.optimizers import updates
 from sparring.optimizers.batches import Batch, Part
-from sparring.optimizers.chunked import NormCache
+from sparring.optimizers.kernel import NormCache
 from sparring.optimizers.layouts import (
     KINDS,
     Layout,
@@ -336,13 +336,13 @@ class MARS(Optimizer):
         batches = [batch for part in parts for batch in part.batches]
         whole_step = taking and applying
         for batch in batches:
-            batch.chunked = whole_step and updates.can_chunk(batch)
+            batch.kernel = updates.kernel_for(batch) if whole_step else None
         if taking:
             updates.correct(parts)
         for part in parts:
             for batch in part.batches:
-                if batch.chunked:
-                    updates.step_in_chunks(batch, self._norm_cache)
+                if batch.kernel:
+                    updates.kernel_step(batch, self._norm_cache)
                     continue
                 if whole_step and updates.can_fuse(batch):
                     updates.fused_adamw(batch)
@@ -354,7 +354,7 @@ class MARS(Optimizer):
             if applying:
                 updates.apply_shampoo(part, self._originals, self._exchanges)
         for batch in batches:
-            if applying and not batch.chunked and batch.last_grads and batch.grads:
+            if applying and not batch.kernel and batch.last_grads and batch.grads:
                 torch._foreach_copy_(batch.last_grads, batch.grads)
             for parameter, copy in batch.low_precision:
                 parameter.copy_(copy)

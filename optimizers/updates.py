@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparring.optimizers.adamw import adamw_apply, adamw_moments
 from sparring.optimizers.batches import Batch, Part
-from sparring.optimizers.chunked import NormCache, chunked_mars_adamw
+from sparring.optimizers.kernel import Kernel, NormCache, kernel
 from sparring.optimizers.layouts import Layout, Original
 from sparring.optimizers.orthogonal import MatrixExchange, orthogonalise
 from sparring.optimizers.recursive import correct_, correction_coefficient
@@ -21,22 +21,26 @@ from sparring.optimizers.rules import rule_of
 def correct(parts: Sequence[Part]) -> None:
     """c, in the memory of `last_grad`, scaled to a norm of at most 1 a parameter.
 
-    Not for chunked batches, whose c never stands in memory.
+    The kernel's batches keep `last_grad`, and get the scale alone where that needs other ranks.
     """
     clipped: list[Batch] = []
     for part in parts:
         for batch in part.batches:
-            if batch.rule == "AdamW" or batch.chunked:
+            if batch.rule == "AdamW":
                 continue
-            kappa = correction_coefficient(part.group["gamma"], batch.settings.beta1)
-            correct_(batch.last_grads, batch.grads, kappa)
+            if batch.kernel is None:
+                correct_(batch.last_grads, batch.grads, _kappa(batch))
+            elif all(layout.whole for layout in batch.layouts):
+                continue
             if part.group["clip_c"]:
                 clipped.append(batch)
     layouts = [x for part in parts if part.group["clip_c"] for x in part.layouts]
     norms = _norms(clipped, layouts)
     for batch in clipped:
         own = [norms[id(c)] for c in batch.last_grads]
-        if batch.last_grads[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        if batch.kernel:
+            batch.scales = [1 / max(1.0, float(norm)) for norm in own]
+        elif batch.last_grads[0].device.type == "cpu" and not torch.compiler.is_compiling():
             for c, norm in zip(batch.last_grads, own, strict=True):
                 if norm > 1:  # rare after the first steps, and a pass over memory
                     c.div_(norm)
@@ -45,14 +49,18 @@ def correct(parts: Sequence[Part]) -> None:
             torch._foreach_div_(batch.last_grads, own)
 
 
+def _kappa(batch: Batch) -> float:
+    return correction_coefficient(batch.group["gamma"], batch.settings.beta1)
+
+
 def _norms(batches: Sequence[Batch], layouts: Sequence[Layout]) -> dict[int, Tensor]:
-    """Euclidean norm of the parameter behind every c, by the id of c."""
+    """Euclidean norm of the parameter behind every c, by the id of `last_grad`."""
     norms: dict[int, Tensor] = {}
     split: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
     for batch in batches:
         for c, norm, layout, index in zip(
             batch.last_grads,
-            torch._foreach_norm(batch.last_grads),
+            _own_norms(batch),
             batch.layouts,
             batch.indices,
             strict=True,
@@ -77,6 +85,17 @@ def _norms(batches: Sequence[Batch], layouts: Sequence[Layout]) -> dict[int, Ten
         for index, norm in mine:
             norm.copy_(squares[place[index]].sqrt())
     return norms
+
+
+def _own_norms(batch: Batch) -> Sequence[Tensor]:
+    """Norms of this rank's parts of every c."""
+    if batch.kernel is None:
+        return torch._foreach_norm(batch.last_grads)
+    norms = [
+        batch.kernel.corrected_norm(grad, last, _kappa(batch))
+        for grad, last in zip(batch.grads, batch.last_grads, strict=True)
+    ]
+    return list(torch.tensor(norms, dtype=batch.params[0].dtype))
 
 
 def take_in(batch: Batch) -> None:
@@ -173,34 +192,48 @@ def can_fuse(batch: Batch) -> bool:
     )
 
 
-def can_chunk(batch: Batch) -> bool:
-    """Whether the correction can go through the cache together with the fused update."""
-    return (
-        batch.rule == "MARS-AdamW"
-        and not torch.compiler.is_compiling()
-        and batch.params[0].device.type == "cpu"
-        and can_fuse(batch)
-        and all(layout.whole for layout in batch.layouts)
-        and all(t.is_contiguous() for t in (*batch.params, *batch.grads, *batch.exp_avgs))
-    )
+def kernel_for(batch: Batch) -> Kernel | None:
+    """The kernel, where it can make the whole step of a batch."""
+    if batch.rule != "MARS-AdamW" or not can_fuse(batch):
+        return None
+    held = (batch.params, batch.grads, batch.last_grads, batch.exp_avgs, batch.exp_avg_sqs)
+    tensors = [t for array in (*held, batch.max_exp_avg_sqs) for t in array]
+    dtype = batch.params[0].dtype
+    fits = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype == dtype for t in tensors)
+    return kernel(dtype) if fits else None
 
 
-def step_in_chunks(batch: Batch, norms: NormCache) -> None:
-    """The whole step of a batch that `can_chunk`."""
-    group = batch.group
-    chunked_mars_adamw(
-        batch.params,
-        batch.grads,
-        batch.last_grads,
-        batch.exp_avgs,
-        batch.exp_avg_sqs,
-        batch.max_exp_avg_sqs,
-        batch.steps,
-        batch.settings,
-        coefficient=correction_coefficient(group["gamma"], batch.settings.beta1),
-        clip=group["clip_c"],
-        norms=norms,
-    )
+def kernel_step(batch: Batch, known: NormCache) -> None:
+    """The whole step of a batch that has a kernel.
+
+    Args:
+        known: norms of `last_grad`s.
+    """
+    assert batch.kernel is not None
+    kappa, clip = _kappa(batch), batch.group["clip_c"]
+    for n, (grad, last) in enumerate(zip(batch.grads, batch.last_grads, strict=True)):
+        scale, norm = 1.0, 0.0
+        if clip and batch.scales:
+            scale = batch.scales[n]
+        elif clip:
+            norm = batch.kernel.norm(grad)
+            # |c| <= (1 + kappa) |g| + kappa |h|: mostly far below one, so there is nothing to clip.
+            if not (1 + kappa) * norm + kappa * known.get(last) < 0.999:
+                scale = 1 / max(1.0, batch.kernel.corrected_norm(grad, last, kappa))
+        batch.kernel.step(
+            batch.params[n],
+            grad,
+            last,
+            batch.exp_avgs[n],
+            batch.exp_avg_sqs[n],
+            batch.max_exp_avg_sqs[n] if batch.max_exp_avg_sqs else None,
+            batch.steps[n].item(),
+            batch.settings,
+            coefficient=kappa,
+            scale=scale,
+        )
+        if clip and not batch.scales:
+            known.put(last, norm)
 
 
 def fused_adamw(batch: Batch) -> None:

@@ -98,18 +98,81 @@ def test_float32_and_the_fused_kernel_stay_near_the_recursion() -> None:
     assert difference(exact, plain) < 1e-6
 
 
-def test_chunks_and_norms_of_the_last_step_change_nothing(monkeypatch: Any) -> None:
-    from sparring.optimizers import chunked
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernel_ran_and_threads_and_known_norms_change_nothing(
+    monkeypatch: Any, threads: int
+) -> None:
+    from sparring.optimizers import kernel
 
+    found = kernel.kernel(torch.float64)
+    assert found is not None, "this machine has no C compiler"
+    calls: list[float] = []
+    step, corrected = found.step, found.corrected_norm
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        calls.append(options["scale"])
+        step(*arguments, **options)
+
+    exact: list[float] = []
+
+    def also_counted(*arguments: Any) -> float:
+        exact.append(corrected(*arguments))
+        return exact[-1]
+
+    monkeypatch.setattr(found, "step", counted)
+    monkeypatch.setattr(found, "corrected_norm", also_counted)
+    monkeypatch.setattr(kernel, "_WHOLE", 4)  # tensors are split over threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     plain, small = parameters(), parameters()
-    stream = gradients(12, 0.15)  # the clip binds in some steps and not in others
+    stream = gradients(12, 0.12)  # the clip binds in some steps and not in others
     train(plain, stream, fused=False)
-    monkeypatch.setattr(chunked, "_CHUNK", 4)
+    assert not calls
     optimizer = train(small, stream[:6])
-    optimizer._norm_cache = chunked.NormCache()  # as after a restart
-    for step in stream[6:]:
-        feed(optimizer, small, step)
+    optimizer._norm_cache = kernel.NormCache()  # as after a restart
+    for gradient in stream[6:]:
+        feed(optimizer, small, gradient)
     assert difference(plain, small) < 1e-12
+    matrices = sum(len(shape) == 2 for shape in SHAPES)
+    assert len(calls) == 12 * matrices
+    assert 0 < sum(scale < 1 for scale in calls) < len(calls)
+    assert len(exact) < len(calls)  # a bound was enough for some
+
+
+def test_norms_of_long_tensors() -> None:
+    from sparring.optimizers.kernel import kernel
+
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        found = kernel(dtype)
+        assert found is not None
+        tensors = [torch.randn(size, dtype=dtype) for size in (1, 15, 2048, 70001, 131072)]
+        others = [torch.randn_like(tensor) for tensor in tensors]
+        for g, h in zip(tensors, others, strict=True):
+            assert found.norm(g) == pytest.approx(float(g.double().norm()), rel=tolerance)
+            c = g.double() + 0.475 * (g.double() - h.double())
+            got = found.corrected_norm(g, h, 0.475)
+            assert got == pytest.approx(float(c.norm()), rel=tolerance)
+
+
+def test_without_a_compiler_library_calls_take_over(
+    monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sparring.optimizers import kernel
+
+    plain, stream = parameters(), gradients(5)
+    train(plain, stream, fused=False)
+    for compiler, said in (("false", "false failed"), ("/nowhere/cc", "/nowhere/cc failed")):
+        kernel.kernel.cache_clear()
+        monkeypatch.setenv("CC", compiler)
+        others = parameters()
+        with caplog.at_level(logging.INFO, logger="sparring.optimizers"):
+            train(others, stream)
+        assert said in caplog.text
+        assert difference(plain, others) < 1e-12
+    kernel.kernel.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
+    assert kernel.kernel(torch.float32) is None
+    kernel.kernel.cache_clear()
 
 
 def test_without_correction_it_is_adamw_only_while_norms_stay_below_one() -> None:
