@@ -6,34 +6,14 @@ stays for the iterations after it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import field
 from typing import Literal
 
 from sparring.alignment.algorithms import REAL_GENERATED, Algorithm, algorithm, pair_rule
-from sparring.launch.config import Config, at, config
+from sparring.launch.config import Schedule, config, positive, schedule_values, within
 from sparring.launch.stages import LaunchConfig
-from sparring.optimizers import OptimizerConfig
-
-Schedule = float | tuple[float, ...]
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive, not {value}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-
-
-def _values(name: str, schedule: Schedule) -> tuple[float, ...]:
-    values = schedule if isinstance(schedule, tuple) else (schedule,)
-    if not values:
-        raise ValueError(f"{name} is an empty list; give a number, or one an iteration")
-    return values
+from sparring.launch.training import TrainingConfig
 
 
 @config
@@ -70,9 +50,9 @@ class PromptsConfig:
     """Split of a data set."""
 
     def __post_init__(self) -> None:
-        _positive("prompts.max_tokens", self.max_tokens)
+        positive("prompts.max_tokens", self.max_tokens)
         for name in ("train", "heldout"):
-            _within(f"prompts.{name}", getattr(self, name), 0, math.inf)
+            within(f"prompts.{name}", getattr(self, name), 0, math.inf)
         if self.heldout and not self.train:
             raise ValueError("prompts.train = 0 takes every prompt; then prompts.heldout must be 0")
 
@@ -103,7 +83,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name in ("k", "max_new_tokens", "chunk", "max_batch"):
-            _positive(f"generate.{name}", getattr(self, name))
+            positive(f"generate.{name}", getattr(self, name))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"generate.top_p is a probability above 0, not {self.top_p}")
         if self.temperature < 0:
@@ -124,7 +104,7 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         for name in ("probes", "mean_tolerance", "token_tolerance"):
-            _within(f"parity.{name}", getattr(self, name), 0, math.inf)
+            within(f"parity.{name}", getattr(self, name), 0, math.inf)
 
 
 @config
@@ -143,7 +123,7 @@ class JudgeMember:
     """Before the names of its figures; empty: its name. Two members need different labels."""
 
     def __post_init__(self) -> None:
-        _positive("judge.members.weight", self.weight)
+        positive("judge.members.weight", self.weight)
         if self.name in ("", "ensemble"):
             raise ValueError(f"judge.members.name must name a single judge, not {self.name!r}")
 
@@ -169,7 +149,7 @@ class JudgeConfig:
     """Prompts a shard."""
 
     def __post_init__(self) -> None:
-        _positive("judge.chunk", self.chunk)
+        positive("judge.chunk", self.chunk)
         if (self.name == "ensemble") != bool(self.members):
             raise ValueError(
                 "judge.members and judge.name = 'ensemble' need each other (name is "
@@ -196,7 +176,7 @@ class PairSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.min_margin < 1:
             raise ValueError(f"pair.min_margin is from 0 to below 1, not {self.min_margin}")
-        _positive("pair.max_response_tokens", self.max_response_tokens)
+        positive("pair.max_response_tokens", self.max_response_tokens)
 
 
 @config
@@ -212,21 +192,15 @@ class PairConfig(PairSettings):
 
 
 @config
-class TrainConfig:
+class TrainConfig(TrainingConfig):
     """One iteration's training."""
 
     beta: Schedule = 1e-3
     """β = 1/η: DPO's and IPO's β, SPIN's λ, SPPO's 1/η. SPPO's paper: η = 1e3."""
     link: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """SPIN's ℓ."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """Section [train.optimizer]."""
     lr: Schedule = 5e-7
     """Peak learning rate. The papers' 5e-7 is for 7B models; 2e-5 suits SmolLM2-135M."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate after the warm-up."""
-    warmup: float = 0.1
-    """Share of the schedule over which the learning rate rises from 0."""
     epochs: Schedule = 1.0
     """Passes over the pairs."""
     schedule_epochs: float = 0.0
@@ -235,41 +209,24 @@ class TrainConfig:
     """Pairs an optimizer step, over all ranks."""
     micro_batch: int = 4
     """Pairs a rank's forward pass."""
-    clip: float = 1.0
-    """Largest gradient norm; 0: no clipping."""
     max_length: int = 1024
     """Longest prompt and response in tokens; longer pairs are dropped and counted, not cut."""
-    gradient_checkpointing: bool = False
-    """Recompute activations going backward: less memory, about a third more work."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the forward pass; weights and optimizer stay float32."""
-    zero: int = -1
-    """DeepSpeed ZeRO stage 0 to 3; -1: plain torch on one rank, stage 2 on several."""
-    offload: bool = False
-    """Keep the optimizer in host memory (ZeRO 2 and 3)."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. The result is merged."""
     lora_alpha: float = 16.0
     """Scale of the adapters' product is lora_alpha / lora_rank."""
-    save_every: int = 50
-    """Optimizer steps between checkpoints inside the epoch; 0: none."""
     logits_chunk: int = 1024
     """Response tokens whose logits are held at once."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "micro_batch", "max_length", "logits_chunk"):
-            _positive(f"train.{name}", getattr(self, name))
-        for name in ("beta", "lr", "epochs"):
-            for value in _values(f"train.{name}", getattr(self, name)):
-                _positive(f"train.{name}", value)
-        for name in ("clip", "lora_rank", "save_every", "schedule_epochs"):
-            _within(f"train.{name}", getattr(self, name), 0, math.inf)
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"train.warmup is a share from 0 to below 1, not {self.warmup}")
-        if self.zero not in (-1, 0, 1, 2, 3):
-            raise ValueError(f"train.zero is a ZeRO stage 0 to 3, or -1, not {self.zero}")
-        if self.offload and self.zero not in (2, 3):
-            raise ValueError("train.offload needs train.zero 2 or 3")
+        super().__post_init__()
+        for name in ("max_length", "logits_chunk"):
+            positive(f"train.{name}", getattr(self, name))
+        for name in ("beta", "epochs"):
+            for value in schedule_values(f"train.{name}", getattr(self, name)):
+                positive(f"train.{name}", value)
+        for name in ("lora_rank", "schedule_epochs"):
+            within(f"train.{name}", getattr(self, name), 0, math.inf)
 
 
 @config
@@ -285,8 +242,8 @@ class MomentumConfig:
     """Where the next iteration's training starts: π_{t+1}, or π̂_{t+1}. The paper does not say."""
 
     def __post_init__(self) -> None:
-        for value in _values("momentum.alpha", self.alpha):
-            _within("momentum.alpha", value, 0, 10)
+        for value in schedule_values("momentum.alpha", self.alpha):
+            within("momentum.alpha", value, 0, 10)
 
     @property
     def active(self) -> bool:
@@ -314,8 +271,8 @@ class EvaluateConfig:
     """Examples of each such task; 0: all."""
 
     def __post_init__(self) -> None:
-        _positive("evaluate.k", self.k)
-        _within("evaluate.lm_eval_limit", self.lm_eval_limit, 0, math.inf)
+        positive("evaluate.k", self.k)
+        within("evaluate.lm_eval_limit", self.lm_eval_limit, 0, math.inf)
         if self.temperature < 0:
             raise ValueError(f"evaluate.temperature must not be negative, not {self.temperature}")
         if not 0 < self.level < 1:
@@ -353,7 +310,7 @@ class Recipe:
             ("prompts.train", self.prompts.train),
             ("prompts.heldout", self.prompts.heldout),
         ):
-            _positive(name, count)
+            positive(name, count)
         if self.prompts.fresh and self.prompts.train < self.iterations:
             raise ValueError(
                 f"prompts.train = {self.prompts.train} leaves some of the {self.iterations} "
@@ -383,12 +340,3 @@ class Recipe:
             )
         if rule != REAL_GENERATED:
             pair_rule(rule)
-
-
-def resolved(section: Config, iteration: int) -> Config:
-    """A section with every schedule replaced by its value at an iteration (0-based)."""
-    values = {
-        f.name: at(getattr(section, f.name), iteration)
-        for f in dataclasses.fields(section)  # type: ignore[arg-type]
-    }
-    return dataclasses.replace(section, **values)  # type: ignore[type-var]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring.alignment.algorithms import Algorithm, algorithm, algorithms
-from sparring.alignment.config import ModelConfig, Recipe, resolved
+from sparring.alignment.config import ModelConfig, Recipe
 from sparring.alignment.stages import (
     EVALUATE,
     EXTRAPOLATE,
@@ -21,7 +21,7 @@ from sparring.alignment.stages import (
     STAGES,
     TRAIN,
 )
-from sparring.launch.config import at, plain
+from sparring.launch.config import at, plain, resolved
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Stage, Step, numbered
 

@@ -7,57 +7,39 @@ the number of ranks change nothing but rounding.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sparring.alignment import tokens
 from sparring.alignment.algorithms import algorithm
-from sparring.alignment.config import TrainConfig, resolved
+from sparring.alignment.config import TrainConfig
 from sparring.alignment.logprobs import ScoredPolicy, collate
 from sparring.alignment.models import load_policy, save_policy, tied_names
 from sparring.alignment.objectives import PairTerms
 from sparring.alignment.rows import ReferencedPair
-from sparring.alignment.sharding import Sharding
 from sparring.alignment.stages import TrainStage
-from sparring.launch.errors import SparringError, Stopped
-from sparring.launch.metrics import MetricsFile
+from sparring.launch.config import resolved
+from sparring.launch.errors import SparringError
+from sparring.launch.optimisation import optimise
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
+from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context, Figures, load
+from sparring.launch.training import batches, learning_rate
 from sparring.optimizers import build_optimizer
 
 _SUMS = ("loss", "chosen", "rejected", "accuracy", "tokens", "pairs", "reference_gap")
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of an optimizer step (0-based) in a schedule of `total` steps."""
-    assert isinstance(config.lr, (int, float)), "schedules are resolved before training"
-    warmup = math.ceil(config.warmup * total)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    share = (step - warmup) / max(1, total - warmup)
-    if config.schedule == "linear":
-        return config.lr * max(0.0, 1 - share)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def batches(count: int, config: TrainConfig, seed: int) -> list[list[int]]:
-    """Row numbers of every optimizer step, from the seed alone, so that resuming needs no state."""
-    assert isinstance(config.epochs, (int, float))
+def planned_steps(count: int, config: TrainConfig) -> tuple[int, int]:
+    """Optimizer steps over `count` pairs, and the steps the learning rate is laid out for."""
+    assert isinstance(config.epochs, (int, float)), "schedules are resolved before training"
     per_epoch = math.ceil(count / config.batch)
     steps = max(1, round(config.epochs * per_epoch))
-    found: list[list[int]] = []
-    for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng(derive(seed, "epoch", epoch)).permutation(count).tolist()
-        found += [order[i : i + config.batch] for i in range(0, count, config.batch)]
-    return found[:steps]
+    return steps, max(steps, round(config.schedule_epochs * per_epoch))
 
 
 def _kept(pairs: Sequence[ReferencedPair], limit: int) -> list[ReferencedPair]:
@@ -233,44 +215,29 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
     config = resolved(config, 0)
     everything = read_rows(inputs["pairs"] / "pairs.parquet", ReferencedPair)
     pairs = _kept(everything, config.max_length)
-    plan = batches(len(pairs), config, context.seed)
-    laid_out = config.schedule_epochs or config.epochs
-    assert isinstance(laid_out, (int, float))
-    total = max(len(plan), round(laid_out * math.ceil(len(pairs) / config.batch)))
+    steps, total = planned_steps(len(pairs), config)
+    plan = batches(len(pairs), config.batch, steps, context.seed)
     torch.manual_seed(derive(context.seed, "torch"))
     trainer = Trainer(config, inputs["model"], pairs, context)
-    done = trainer.sharding.restore(context.work)
-    first = context.world.rank == 0
-    metrics = MetricsFile(context.work / "metrics.jsonl", start=done) if first else None
-    started, tokens_seen = time.time(), 0.0
-    row: dict[str, float] = {}
-    for number in range(done, len(plan)):
+
+    def step(number: int) -> dict[str, float]:
         lr = learning_rate(config, number, total)
         row = trainer.step(plan[number], lr, pending=number > 0)
-        if metrics:
-            metrics.write(step=number, **row)
-            context.emit(done=number + 1, total=len(plan), unit="steps")
-        if (
-            number == 0
-            and trainer.algorithm.uses_reference
-            and first
-            and row["reference_gap"] > 0.5
-        ):
-            context.emit(
-                note=f"the starting policy is {row['reference_gap']:.2f} nats a response away from "
-                "the reference, as it should be only with momentum folded into either"
-            )
-        tokens_seen += row["tokens"]
-        _checkpoint(trainer, number + 1, len(plan))
-    if config.optimizer.exact and plan:
+        if number == 0 and trainer.algorithm.uses_reference:
+            _note_gap(row["reference_gap"], context)
+        return row
+
+    done = optimise(
+        trainer.sharding, steps, step, context, output,
+        save_every=config.save_every, totals=("tokens",),
+    )  # fmt: skip
+    if config.optimizer.exact:
         trainer.finish(plan[-1])
-    seconds = time.time() - started
     _save(trainer, inputs["model"], output)
-    if metrics:
-        (output / "metrics.jsonl").write_text((context.work / "metrics.jsonl").read_text())
     trainer.sharding.close()
+    row = done.last
     return {
-        "steps": len(plan),
+        "steps": steps,
         "pairs": len(pairs),
         "too_long": len(everything) - len(pairs),
         "loss": row.get("loss", float("nan")),
@@ -278,15 +245,13 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
         "chosen": row.get("chosen", float("nan")),
         "rejected": row.get("rejected", float("nan")),
         "zero": trainer.sharding.stage,
-        "tokens_per_second": round(tokens_seen / seconds, 1),
+        "tokens_per_second": round(done.totals["tokens"] / done.seconds, 1),
     }
 
 
-def _checkpoint(trainer: Trainer, step: int, total: int) -> None:
-    """Save where the schedule says, and when any rank was asked to stop."""
-    asked = sum(trainer.sharding.sum([float(trainer.context.stopped())])) > 0
-    every = trainer.config.save_every
-    if step < total and (asked or (every and step % every == 0)):
-        trainer.sharding.save(trainer.context.work, step)
-    if asked and step < total:
-        raise Stopped("stopped; run the same command again to go on")
+def _note_gap(gap: float, context: Context) -> None:
+    if gap > 0.5 and context.world.rank == 0:
+        context.emit(
+            note=f"the starting policy is {gap:.2f} nats a response away from the reference, as it "
+            "should be only with momentum folded into either"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from typing import Any, TypeVar, dataclass_transform
 from sparring.launch.errors import UsageError
 
 Config = TypeVar("Config")
+Schedule = float | tuple[float, ...]
+"""A value, or one an iteration; a list's last entry stays for the iterations after it."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -142,11 +145,40 @@ def _spelt_out(arguments: list[str], switches: set[str]) -> list[str]:
     return words
 
 
+def positive(name: str, value: float) -> None:
+    """Refuse what is not above zero, or is infinite."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive, not {value}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Refuse what is not between two bounds."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def schedule_values(name: str, schedule: Schedule) -> tuple[float, ...]:
+    """All values of a schedule; an empty one is refused."""
+    values = schedule if isinstance(schedule, tuple) else (schedule,)
+    if not values:
+        raise ValueError(f"{name} is an empty list; give a number, or one an iteration")
+    return values
+
+
 def at(schedule: Any, iteration: int) -> Any:
     """The value of a per-iteration schedule: a single value, or a list whose last entry stays."""
     if isinstance(schedule, tuple):
         return schedule[min(iteration, len(schedule) - 1)]
     return schedule
+
+
+def resolved(section: Config, iteration: int) -> Config:
+    """A section with every schedule replaced by its value at an iteration (0-based)."""
+    values = {
+        f.name: at(getattr(section, f.name), iteration)
+        for f in dataclasses.fields(section)  # type: ignore[arg-type]
+    }
+    return dataclasses.replace(section, **values)  # type: ignore[type-var]
 
 
 def plain(value: Any) -> Any:

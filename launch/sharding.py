@@ -1,4 +1,4 @@
-"""The trainer's distributed side: accelerate with DeepSpeed ZeRO, or plain torch on one rank."""
+"""A trainer's distributed side: accelerate with DeepSpeed ZeRO, or plain torch on one rank."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparring.alignment.config import TrainConfig
 from sparring.launch import artifacts
+from sparring.launch.ema import EMA
 from sparring.launch.processes import World, free_port
+from sparring.launch.training import TrainingConfig
 from sparring.optimizers.deepspeed import register_deepspeed, take_moments
 
 
-def zero_stage(config: TrainConfig, world: World) -> int | None:
+def zero_stage(config: TrainingConfig, world: World) -> int | None:
     """ZeRO stage to use, or None for plain torch."""
     if config.zero >= 0:
         return config.zero
@@ -28,7 +30,7 @@ def zero_stage(config: TrainConfig, world: World) -> int | None:
 class Sharding:
     """Prepares model and optimizer, and saves and restores them, whatever the ZeRO stage."""
 
-    def __init__(self, config: TrainConfig, world: World, *, micro_batches: int) -> None:
+    def __init__(self, config: TrainingConfig, world: World, *, micro_batches: int) -> None:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked
@@ -52,6 +54,8 @@ class Sharding:
         # It warns of tied weights at every checkpoint, which load as they were saved.
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         self._clip = config.clip
+        self._ema_decay = config.ema
+        self._ema: EMA | None = None
         self._model: nn.Module | None = None
         self._optimizer: Any = None
 
@@ -62,7 +66,14 @@ class Sharding:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard model and optimizer; returns what to call."""
         self._model, self._optimizer = self.accelerator.prepare(model, optimizer)
+        if self._ema_decay:
+            self._ema = EMA(self._bare(), self._ema_decay)
         return self._model
+
+    def _bare(self) -> nn.Module:
+        """The model without wrappers, whose parameters have the names it was given with."""
+        assert self._model is not None
+        return self.accelerator.unwrap_model(self._model)  # type: ignore[no-any-return]
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -84,9 +95,12 @@ class Sharding:
             norm = self._clip_gradients()
             self._optimizer.step()
             self._optimizer.zero_grad()
-            return norm
-        self._engine.step()
-        return self._engine_norm()
+        else:
+            self._engine.step()
+            norm = self._engine_norm()
+        if self._ema:
+            self._ema.update()
+        return norm
 
     def take_moments(self) -> float:
         """MARS's exact mode: clip and take the gradient in, without an update of the weights."""
@@ -123,6 +137,8 @@ class Sharding:
         """Write a checkpoint after `step` optimizer steps, then drop the one before."""
         folder = work / f"checkpoint-{step:07d}"
         self.accelerator.save_state(str(folder), safe_serialization=True)
+        if self._ema:
+            save_file(self._ema.state_dict(), self._ema_file(folder))
         self.accelerator.wait_for_everyone()
         if self.world.rank == 0:
             artifacts.write_json(folder / "done", {"step": step, **self._layout()})
@@ -140,14 +156,30 @@ class Sharding:
             # ZeRO's shards are bound to the number of ranks: with another one, start over.
             if {k: facts[k] for k in self._layout()} == self._layout():
                 self.accelerator.load_state(str(folder))
+                if self._ema:
+                    self._ema.load_state_dict(load_file(self._ema_file(folder)))
                 return int(facts["step"])
         return 0
+
+    def _ema_file(self, folder: Path) -> Path:
+        return folder / f"ema-{self.world.rank:05d}.safetensors"
 
     def _layout(self) -> dict[str, Any]:
         return {"ranks": self.world.size, "zero": self.stage}
 
     def full_state(self, work: Path) -> dict[str, Tensor]:
-        """All weights in float32 on rank 0 (nothing elsewhere), from ZeRO's masters if any."""
+        """All weights in float32 on rank 0 (nothing elsewhere): their average where there is one,
+        else ZeRO's masters if any."""
+        assert self._model is not None
+        state = self._present_state(work)
+        if self._ema:
+            averaged = self._ema.full_state()
+            if self.world.rank == 0:
+                assert averaged.keys() <= state.keys(), "the average has names of its own"
+                state |= averaged
+        return state
+
+    def _present_state(self, work: Path) -> dict[str, Tensor]:
         assert self._model is not None
         if self.stage is None or self.stage == 0:
             state = self.accelerator.get_state_dict(self._model)
@@ -166,7 +198,7 @@ class Sharding:
         self.accelerator.end_training()
 
 
-def _plugin(config: TrainConfig, stage: int, micro_batches: int, on_cpu: bool) -> Any:
+def _plugin(config: TrainingConfig, stage: int, micro_batches: int, on_cpu: bool) -> Any:
     from accelerate import DeepSpeedPlugin
 
     register_deepspeed()

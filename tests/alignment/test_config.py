@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sparring.alignment.config import Recipe, TrainConfig, resolved
-from sparring.launch.config import build, plain
+from sparring.alignment.config import Recipe, TrainConfig
+from sparring.launch.config import build, plain, resolved
 from sparring.launch.errors import UsageError
 
 

@@ -85,6 +85,19 @@ def test_two_ranks_with_zero_give_one_process_s_weights(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_two_ranks_average_as_one_process(
+    stage: int, plain: Path, tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    inline = ("--launch.inline", "train")
+    one = train(tiny_model, pairs, tmp_path / "one", "--ema", "0.9", *inline)
+    ranks = ("--launch.processes", "2", "--micro-batch", "2", "--zero", str(stage))
+    two = train(tiny_model, pairs, tmp_path / "two", "--ema", "0.9", *ranks)
+    assert largest_difference(one, plain) > 1e-3
+    assert largest_difference(one, two) < 1e-5
+
+
+@pytest.mark.dist
 def test_exact_mars_on_two_ranks_gives_one_process_s_weights(
     tiny_model: Path, pairs: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -85,48 +85,6 @@ def largest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-# Learning rate
-
-
-def rates(total: int, **options: Any) -> list[float]:
-    config = TrainStage(lr=2.0, **options)
-    return [train.learning_rate(config, step, total) for step in range(total)]
-
-
-def test_constant_rate() -> None:
-    assert rates(5, schedule="constant", warmup=0.0) == [2.0] * 5
-
-
-def test_linear_rate_falls_to_zero_after_the_last_step() -> None:
-    np.testing.assert_allclose(rates(4, schedule="linear", warmup=0.0), [2.0, 1.5, 1.0, 0.5])
-
-
-def test_cosine_rate() -> None:
-    expected = [1 + math.cos(math.pi * n / 8) for n in range(8)]
-    np.testing.assert_allclose(rates(8, schedule="cosine", warmup=0.0), expected)
-
-
-def test_warmup_rises_to_the_peak() -> None:
-    found = rates(10, schedule="linear", warmup=0.3)
-    np.testing.assert_allclose(found[:4], [2 / 3, 4 / 3, 2.0, 2.0])
-    np.testing.assert_allclose(np.diff(found[3:]), -2 / 7)
-
-
-@given(
-    st.integers(1, 200),
-    st.floats(0, 0.99),
-    st.sampled_from(["constant", "linear", "cosine"]),
-)
-@settings(deadline=None)
-def test_rates_are_positive_and_peak_once(total: int, warmup: float, schedule: str) -> None:
-    found = rates(total, schedule=schedule, warmup=warmup)
-    assert all(0 < rate <= 2.0 for rate in found)
-    top = found.index(max(found))
-    assert max(found) == pytest.approx(2.0)
-    assert found[: top + 1] == sorted(found[: top + 1])
-    assert found[top:] == sorted(found[top:], reverse=True)
-
-
 def test_a_schedule_laid_out_for_more_epochs_is_stopped_early(new_run: Callable[..., Run]) -> None:
     """SPPO's paper: the schedule of 18 epochs, of which the first is run."""
     run = new_run("a", schedule="linear", warmup=0.1, schedule_epochs=18)
@@ -136,31 +94,10 @@ def test_a_schedule_laid_out_for_more_epochs_is_stopped_early(new_run: Callable[
     np.testing.assert_allclose(steps, [1e-3 * (n + 1) / warmup for n in range(len(steps))])
 
 
-# Batches
-
-
-@given(
-    st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.3, 1.0, 1.5, 3.0]), st.integers(0, 5)
-)
-def test_batches_cover_each_epoch_once(count: int, batch: int, epochs: float, seed: int) -> None:
-    config = TrainStage(batch=batch, epochs=epochs)
-    found = train.batches(count, config, seed)
-    assert found == train.batches(count, config, seed)
-    per_epoch = math.ceil(count / batch)
-    assert len(found) == max(1, round(epochs * per_epoch))
-    for epoch in range(len(found) // per_epoch):
-        rows = [n for b in found[epoch * per_epoch : (epoch + 1) * per_epoch] for n in b]
-        assert sorted(rows) == list(range(count))
-    assert all(1 <= len(b) <= batch for b in found)
-
-
-def test_epochs_and_seeds_have_their_own_order() -> None:
-    config = TrainStage(batch=64, epochs=2)
-    first, second = train.batches(64, config, 0)
-    assert first != second
-    assert train.batches(64, config, 1)[0] not in (first, second)
-    longer = train.batches(64, TrainStage(batch=64, epochs=3), 0)
-    assert longer[:2] == [first, second]
+@given(st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.3, 1.0, 1.5, 3.0]))
+def test_epochs_become_steps(count: int, batch: int, epochs: float) -> None:
+    steps, total = train.planned_steps(count, TrainStage(batch=batch, epochs=epochs))
+    assert steps == total == max(1, round(epochs * math.ceil(count / batch)))
 
 
 # Losses and invariances

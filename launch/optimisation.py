@@ -1,0 +1,76 @@
+"""The loop of a trainer: steps, metrics, checkpoints, stops and resuming."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparring.launch.errors import Stopped
+from sparring.launch.metrics import MetricsFile
+from sparring.launch.sharding import Sharding
+from sparring.launch.stages import Context
+
+
+@dataclass
+class Optimised:
+    """What came of the steps that were made in this call."""
+
+    last: dict[str, float] = field(default_factory=dict)
+    """Figures of the last step; empty if a checkpoint had them all."""
+    seconds: float = 0.0
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums of the figures that were asked for."""
+
+
+def optimise(
+    sharding: Sharding,
+    steps: int,
+    step: Callable[[int], dict[str, float]],
+    context: Context,
+    output: Path,
+    *,
+    save_every: int,
+    totals: tuple[str, ...] = (),
+) -> Optimised:
+    """Make the steps that no checkpoint has; writes ``metrics.jsonl``.
+
+    Args:
+        steps: optimizer steps in all.
+        step: makes step number n (0-based) on this rank and returns figures that are the same on
+            all ranks.
+        save_every: steps between checkpoints, 0 for none. A stop makes one too.
+        totals: names of figures to add up.
+
+    Raises:
+        Stopped: asked to stop; a checkpoint was made.
+    """
+    done = sharding.restore(context.work)
+    kept = context.work / "metrics.jsonl"
+    metrics = MetricsFile(kept, start=done) if context.world.rank == 0 else None
+    started = time.time()
+    found = Optimised(totals=dict.fromkeys(totals, 0.0))
+    for number in range(done, steps):
+        found.last = step(number)
+        for name in totals:
+            found.totals[name] += found.last[name]
+        if metrics:
+            metrics.write(step=number, **found.last)
+            context.emit(done=number + 1, total=steps, unit="steps")
+        _checkpoint(sharding, context, number + 1, steps, save_every)
+    found.seconds = time.time() - started
+    if metrics:
+        (output / "metrics.jsonl").write_text(kept.read_text())
+    return found
+
+
+def _checkpoint(
+    sharding: Sharding, context: Context, step: int, total: int, save_every: int
+) -> None:
+    """Save where the schedule says, and when any rank was asked to stop."""
+    asked = sum(sharding.sum([float(context.stopped())])) > 0
+    if step < total and (asked or (save_every and step % save_every == 0)):
+        sharding.save(context.work, step)
+    if asked and step < total:
+        raise Stopped("stopped; run the same command again to go on")
