@@ -1,0 +1,116 @@
+"""`generate`: what people know from Hugging Face, for masked language models and denoisers.
+
+Shape legend: B rows, N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparring.diffusion.dndm.algorithms import Sampler, algorithm
+from sparring.diffusion.dndm.denoisers import Denoiser, Sampled, masked_lm, shaped
+from sparring.diffusion.dndm.draws import Generators
+from sparring.diffusion.dndm.noise import Noise, absorbing
+
+
+def generate(
+    model: nn.Module | Denoiser,
+    input_ids: Tensor,
+    *,
+    mask_token_id: int | None = None,
+    noise: Noise | None = None,
+    free_mask: Tensor | None = None,
+    max_new_tokens: int = 0,
+    attention_mask: Tensor | None = None,
+    sampler: str | Sampler = "dndm",
+    temperature: float = 1.0,
+    suppress_tokens: Sequence[int] = (),
+    generator: Generators | None = None,
+    output_history: bool = False,
+    cond: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Sampled:
+    """Fill in the free positions of a prompt.
+
+    Args:
+        model: a `transformers` masked language model (anything whose output has `.logits` and
+            whose config has `vocab_size`), which is told no time; or `denoiser(x, t, **cond)`.
+        input_ids: (B, N) tokens. Positions that are not free never change.
+        mask_token_id: of absorbing noise, for models that know their vocab_size.
+        noise: in its place, for any other denoiser or noise.
+        free_mask: (B, N) bool, what is generated. None for the mask tokens.
+        max_new_tokens: free positions that are added at the right.
+        attention_mask: (B, N), handed to the model, ones added for new tokens.
+        sampler: a name from `ALGORITHMS`, with its `settings`, or a sampler.
+        temperature, suppress_tokens: as of `shaped`.
+        generator: one, or one a row; torch's default generator if None.
+        output_history: keep x before the first call and after each.
+        cond: more keyword arguments for the model; tensors have the batch as first axis.
+        settings: of the named sampler: steps, schedule, token, ...; steps=50 where it needs some.
+
+    Returns:
+        `sequences`, `nfe`, `evaluations` by row, `row_evaluations` and `history`.
+
+    Raises:
+        ValueError: neither or both of mask_token_id and noise, no free position, or what the
+            sampler raises.
+    """
+    denoiser, noise = _denoiser_and_noise(model, mask_token_id, noise)
+    if free_mask is None:
+        if noise.mask_id is None:
+            raise ValueError("multinomial noise has no mask to be found by: pass free_mask")
+        free_mask = input_ids == noise.mask_id
+    conditions = dict(cond or {})
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if attention_mask is not None:
+        conditions["attention_mask"] = _widened(attention_mask, max_new_tokens, 1)
+    if isinstance(sampler, str):
+        if sampler not in _STEPLESS:
+            settings.setdefault("steps", _STEPS)
+        sampler = algorithm(sampler, **settings)
+    elif settings:
+        raise ValueError(f"settings {sorted(settings)} belong to named samplers: set them on yours")
+    return sampler.sample(
+        shaped(denoiser, temperature=temperature, suppress_tokens=suppress_tokens),
+        _widened(input_ids, max_new_tokens, 0),
+        _widened(free_mask, max_new_tokens, 1),
+        noise=noise,
+        generator=torch.default_generator if generator is None else generator,
+        cond=conditions,
+        output_history=output_history,
+    )
+
+
+_STEPS = 50
+_STEPLESS = ("dndm-c", "first-hitting", "autoregressive")
+
+
+def _widened(values_BN: Tensor, more: int, fill: int) -> Tensor:
+    new = torch.full((len(values_BN), more), fill, device=values_BN.device)
+    return torch.cat([values_BN, new.to(values_BN.dtype)], 1)
+
+
+def _denoiser_and_noise(
+    model: nn.Module | Denoiser, mask_token_id: int | None, noise: Noise | None
+) -> tuple[Denoiser, Noise]:
+    if (mask_token_id is None) == (noise is None):
+        raise ValueError(
+            f"pass one of mask_token_id ({mask_token_id!r}) and noise ({noise!r}): the first for a "
+            "masked language model, the second for anything else"
+        )
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    denoiser = masked_lm(model) if isinstance(model, nn.Module) and size is not None else model
+    if noise is not None:
+        return denoiser, noise
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config.vocab_size: pass noise=absorbing(vocab_size, "
+            f"{mask_token_id}) in place of mask_token_id"
+        )
+    assert mask_token_id is not None
+    return denoiser, absorbing(size, mask_token_id)

@@ -1,0 +1,223 @@
+"""`generate` with a BERT from transformers, and with functions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+from sparring.diffusion.dndm import (
+    CosineCounts,
+    LinearCounts,
+    Reveal,
+    absorbing,
+    dndm,
+    generate,
+    integer_time,
+    masked_lm,
+    shaped,
+    uniform,
+)
+
+V, MASK = 30, 4
+
+
+@pytest.fixture(scope="module")
+def bert() -> BertForMaskedLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=V,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            initializer_range=0.5,
+        )
+        return BertForMaskedLM(config).eval()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+PROMPT = torch.tensor([[2, 7, MASK, MASK, 9, MASK, 3, 0], [2, MASK, 8, 8, MASK, MASK, MASK, 3]])
+ATTENTION = (PROMPT != 0).long()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "calls"),
+    [
+        ("dndm", {"steps": 1000}, 4),
+        ("dndm-k", {}, 4),
+        ("dndm-c", {}, 4),
+        ("first-hitting", {}, 4),
+        ("autoregressive", {}, 4),
+        ("d3pm", {"steps": 6}, 6),
+        ("rdm-k", {"steps": 6}, 6),
+        (Reveal(counts=CosineCounts(2), position="margin"), {}, 2),
+    ],
+)
+def test_infilling(
+    bert: BertForMaskedLM, sampler: object, settings: dict[str, object], calls: int
+) -> None:
+    made = generate(
+        bert,
+        PROMPT,
+        mask_token_id=MASK,
+        attention_mask=ATTENTION,
+        sampler=sampler,  # type: ignore[arg-type]
+        generator=seeded(),
+        output_history=True,
+        suppress_tokens=[0, 2, 3],
+        **settings,
+    )
+    fixed = PROMPT != MASK
+    assert torch.equal(made.sequences[fixed], PROMPT[fixed])
+    assert not set(made.sequences[~fixed].tolist()) & {0, 2, 3, MASK}
+    assert made.nfe <= calls
+    assert made.history is not None
+    assert len(made.history) >= made.nfe + 1
+    assert torch.equal(made.history[0], PROMPT)
+
+
+def test_greedy_left_to_right_is_the_loop_written_out(bert: BertForMaskedLM) -> None:
+    """And the attention mask goes along, cut to the rows of a call."""
+    made = generate(
+        bert, PROMPT, mask_token_id=MASK, attention_mask=ATTENTION, sampler="autoregressive"
+    )
+    for row in range(2):
+        x = PROMPT[row : row + 1].clone()
+        for n in (x[0] == MASK).nonzero()[:, 0]:
+            with torch.no_grad():
+                logits = bert(input_ids=x, attention_mask=ATTENTION[row : row + 1]).logits
+            logits[..., MASK] = -math.inf
+            x[0, n] = logits[0, n].argmax()
+        assert torch.equal(made.sequences[row], x[0])
+    seen: list[Tensor] = []
+
+    def spy(x: Tensor, t: Tensor, attention_mask: Tensor) -> Tensor:
+        seen.append(attention_mask)
+        return masked_lm(bert)(x, t, attention_mask=attention_mask)
+
+    again = generate(
+        spy,
+        PROMPT,
+        noise=absorbing(V, MASK),
+        attention_mask=ATTENTION,
+        sampler="autoregressive",
+    )
+    assert torch.equal(again.sequences, made.sequences)
+    assert [len(mask) for mask in seen] == [2, 2, 2, 1]
+    assert torch.equal(seen[0], ATTENTION)
+    assert torch.equal(seen[3], ATTENTION[1:])
+
+
+def test_new_tokens(bert: BertForMaskedLM) -> None:
+    x = torch.tensor([[0, 2, 7], [2, 8, 9]])
+    attention = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    made = generate(
+        bert,
+        x,
+        mask_token_id=MASK,
+        attention_mask=attention,
+        max_new_tokens=5,
+        sampler="dndm-c",
+        generator=seeded(),
+    )
+    assert made.sequences.shape == (2, 8)
+    assert torch.equal(made.sequences[:, :3], x)
+    assert made.nfe == 5
+    assert made.row_evaluations == 10
+
+
+def test_multinomial_noise_and_a_denoiser() -> None:
+    def denoiser(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot((x + shift[:, None]) % 5, 5).double() * 1e4
+
+    x, free = torch.tensor([[1, 1, 1]]), torch.tensor([[False, True, True]])
+    made = generate(
+        denoiser,
+        x,
+        noise=uniform(5, [2]),
+        free_mask=free,
+        sampler="dndm",
+        steps=3,
+        generator=seeded(),
+        cond={"shift": torch.tensor([1])},
+    )
+    assert made.sequences.tolist() == [[1, 3, 3]]
+
+
+def test_the_default_generator_is_torchs(bert: BertForMaskedLM) -> None:
+    with torch.random.fork_rng():
+        made = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            made.append(generate(bert, PROMPT, mask_token_id=MASK).sequences)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+def test_temperature_shapes_the_law() -> None:
+    logits = torch.tensor([[[0.0, 1.0, 2.0]]])
+    cold = shaped(lambda x, t: logits, temperature=0.5, suppress_tokens=[2])
+    assert cold(None, None).tolist() == [[[0.0, 2.0, -math.inf]]]
+    assert logits.tolist() == [[[0.0, 1.0, 2.0]]]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50, 1000])
+def test_integer_times_are_the_trained_ones(steps: int) -> None:
+    """k / T in float32 is step k - 1; between steps the next one; never T."""
+    seen: list[int] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.int64
+        seen.extend(t.tolist())
+        return x
+
+    wrapped = integer_time(denoiser, steps)
+    grid = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    wrapped(grid, grid.float())
+    assert seen == list(range(steps))
+    seen.clear()
+    wrapped(grid, (grid - 0.3 / steps).float())
+    assert seen == list(range(steps))
+    seen.clear()
+    wrapped(grid, torch.tensor([1e-12, 1.0]))
+    assert seen == [0, steps - 1]
+
+
+def test_bad_input(bert: BertForMaskedLM) -> None:
+    cases = [
+        ({"mask_token_id": None}, "pass one of"),
+        ({"noise": absorbing(V, MASK)}, "pass one of"),
+        ({"mask_token_id": V}, r"mask_id must lie in 0\.\.29"),
+        ({"mask_token_id": None, "noise": uniform(V)}, "pass free_mask"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
+        ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"sampler": "beam"}, "algorithm must be one of"),
+        ({"sampler": dndm(3), "steps": 5}, "belong to named samplers"),
+        ({"steps": 0}, "steps must be .* not 0"),
+        ({"input_ids": torch.tensor([[5, 6]])}, "row 0 has all tokens fixed"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "both at least 1"),
+        ({"model": lambda x, t: x}, "has no config.vocab_size"),
+        ({"sampler": Reveal(counts=LinearCounts()), "noise": absorbing(9, MASK),
+          "mask_token_id": None}, r"not \(2, 8, 9\)"),
+    ]  # fmt: skip
+    for change, message in cases:
+        given = {"model": bert, "input_ids": PROMPT.clamp(max=8), "mask_token_id": MASK, **change}
+        with pytest.raises(ValueError, match=message):
+            generate(**given)
+    bert.train()
+    try:
+        with pytest.raises(ValueError, match="BertForMaskedLM is in training mode"):
+            masked_lm(bert)
+    finally:
+        bert.eval()
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        integer_time(lambda x, t: x, 0)
