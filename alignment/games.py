@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparring.alignment.statistics import (
+from sparring.launch.statistics import (
     FloatArray,
     Interval,
     Resamples,

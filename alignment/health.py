@@ -13,7 +13,7 @@ import numpy as np
 
 from sparring.alignment.judge_figures import different_texts, logit_figures
 from sparring.alignment.rows import Judged, Prompt, Response
-from sparring.alignment.statistics import FloatArray
+from sparring.launch.statistics import FloatArray
 from sparring.alignment.tables import aligned, cell
 from sparring.launch import artifacts
 from sparring.launch.errors import SparringError

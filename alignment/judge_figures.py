@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparring.alignment.games import cyclic_part, pairwise_probabilities
-from sparring.alignment.statistics import (
+from sparring.launch.statistics import (
     FloatArray,
     Resamples,
     fit_logistic,

@@ -1,8 +1,4 @@
-"""Stage `train`: one iteration's optimisation over pairs with stored reference log-probabilities.
-
-Losses are summed and divided by the number of pairs of the global batch, so that accumulation and
-the number of ranks change nothing but rounding.
-"""
+"""Stage `train`: one iteration of optimisation over pairs with stored log-probabilities."""
 
 from __future__ import annotations
 
@@ -23,15 +19,14 @@ from sparring.alignment.rows import ReferencedPair
 from sparring.alignment.stages import TrainStage
 from sparring.launch.config import resolved
 from sparring.launch.errors import SparringError
-from sparring.launch.optimisation import optimise
+from sparring.launch.lora import add_lora, merge_lora
+from sparring.launch.optimisation import accumulate, micro_batches, optimise
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context, Figures, load
 from sparring.launch.training import batches, learning_rate
 from sparring.optimizers import build_optimizer
-
-_SUMS = ("loss", "chosen", "rejected", "accuracy", "tokens", "pairs", "reference_gap")
 
 
 def planned_steps(count: int, config: TrainConfig) -> tuple[int, int]:
@@ -63,9 +58,8 @@ class Trainer:
     ) -> None:
         world = context.world
         self.config, self.pairs, self.context = config, pairs, context
-        share = math.ceil(config.batch / world.size)
-        self.micro_batches = math.ceil(share / config.micro_batch)
-        self.sharding = Sharding(config, world, micro_batches=self.micro_batches)
+        passes = micro_batches(config.batch, config.micro_batch, world)
+        self.sharding = Sharding(config, world, micro_batches=passes)
         self.pad = tokens.eos_ids(tokens.load_tokenizer(model), model)[0]
         policy = _trainable(load_policy(model, "float32"), config)
         self.tied = tied_names(policy)
@@ -90,7 +84,7 @@ class Trainer:
             self.finish(rows)
         totals = self._gradients(rows)
         norm = self.sharding.take_moments() if exact else self.sharding.step()
-        summed = dict(zip(_SUMS, self.sharding.sum(list(totals.values())), strict=True))
+        summed = dict(zip(totals, self.sharding.sum(list(totals.values())), strict=True))
         count = summed.pop("pairs")
         text = summed.pop("tokens")
         means = {name: value / count for name, value in summed.items()}
@@ -105,22 +99,13 @@ class Trainer:
 
     def _gradients(self, rows: Sequence[int]) -> dict[str, float]:
         """Accumulate a global batch's gradients; returns this rank's sums."""
-        world, accelerator = self.context.world, self.sharding.accelerator
-        mine = sorted(rows[world.rank :: world.size], key=self._length)
-        totals = dict.fromkeys(_SUMS, 0.0)
-        for number in range(self.micro_batches):
-            size = self.config.micro_batch
-            micro = mine[number * size : (number + 1) * size]
-            # Every rank runs the same number of forward passes, as ZeRO-3 gathers need; a rank that
-            # has run out repeats a row with weight zero.
-            weight = world.size * self.micro_batches / len(rows) if micro else 0.0
-            with accelerator.accumulate(self.policy):
-                loss, sums = self._forward(micro or [rows[0]])
-                self.sharding.backward(loss * weight)
-            if micro:
-                for name, value in sums.items():
-                    totals[name] += value
-        return totals
+        return accumulate(
+            self.sharding,
+            rows,
+            self._forward,
+            micro_batch=self.config.micro_batch,
+            order=self._length,
+        )
 
     def _length(self, row: int) -> int:
         pair = self.pairs[row]
@@ -170,34 +155,10 @@ def _trainable(model: Any, config: TrainConfig) -> Any:
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if config.lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"
-        )
-        model = inject_adapter_in_model(lora, model)
+        model = add_lora(model, config.lora_rank, config.lora_alpha)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
-
-
-def merge_lora(state: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
-    """Fold adapters into the weights they stand beside: W + scaling·B·A, in float32.
-
-    Momentum acts on merged weights: A and B enter as a product, so extrapolating each is wrong.
-    """
-    merged = {}
-    for name, tensor in state.items():
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
-        target = name.replace(".base_layer.", ".")
-        root = name.removesuffix(".base_layer.weight")
-        if target != name and f"{root}.lora_A.default.weight" in state:
-            a = state[f"{root}.lora_A.default.weight"].float()
-            b = state[f"{root}.lora_B.default.weight"].float()
-            tensor = tensor.float() + scaling * (b @ a)
-        merged[target] = tensor
-    return merged
 
 
 def _save(trainer: Trainer, model: Path, output: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sparring.alignment.statistics import (
+from sparring.launch.statistics import (
     FloatArray,
     Interval,
     Resamples,

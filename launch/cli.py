@@ -25,6 +25,12 @@ STAGE_COMMANDS = (
     "train",
     "extrapolate",
     "evaluate",
+    "images",
+    "image-model",
+    "generate-images",
+    "encode-images",
+    "train-images",
+    "evaluate-images",
 )
 
 COMMANDS = {
@@ -41,6 +47,12 @@ COMMANDS = {
     "train": "optimise a policy on pairs",
     "extrapolate": "APO's momentum on two checkpoints",
     "evaluate": "measure an iterate on held-out prompts",
+    "images": "collect images with captions",
+    "image-model": "bring a text-to-image pipeline into a folder",
+    "generate-images": "make images for the captions of real ones",
+    "encode-images": "latents and conditions of real and generated images",
+    "train-images": "optimise a text-to-image network on pairs",
+    "evaluate-images": "score images for held-out captions",
     "report": "write a run's report again",
     "recipes": "list algorithms and recipes",
     "doctor": "say which stages can run here, and why not",
@@ -49,7 +61,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of ``sparring --help``."""
-    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<16} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sparring COMMAND [options] [--json]",

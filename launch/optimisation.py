@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from sparring.launch.errors import Stopped
 from sparring.launch.metrics import MetricsFile
+from sparring.launch.processes import World
 from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context
 
@@ -63,6 +67,51 @@ def optimise(
     if metrics:
         (output / "metrics.jsonl").write_text(kept.read_text())
     return found
+
+
+def accumulate(
+    sharding: Sharding,
+    rows: Sequence[int],
+    forward: Callable[[Sequence[int]], tuple[Tensor, dict[str, float]]],
+    *,
+    micro_batch: int,
+    order: Callable[[int], float] | None = None,
+) -> dict[str, float]:
+    """Accumulate the gradient of the mean loss over a global batch.
+
+    Losses are summed and divided by the number of rows of the global batch, so that accumulation
+    and the number of ranks change nothing but rounding.
+
+    Args:
+        rows: the global batch.
+        forward: of some of its rows: the sum of their losses, and sums of figures.
+        micro_batch: rows a forward pass.
+        order: rows with similar values share a forward pass (lengths, to save padding).
+
+    Returns:
+        This rank's sums of the figures.
+    """
+    world, accelerator = sharding.world, sharding.accelerator
+    mine = list(rows[world.rank :: world.size])
+    if order is not None:
+        mine.sort(key=order)
+    totals: dict[str, float] = {}
+    for number in range(sharding.micro_batches):
+        micro = mine[number * micro_batch : (number + 1) * micro_batch]
+        # Every rank runs the same number of forward passes, as ZeRO-3 gathers need; a rank that
+        # has run out repeats a row with weight zero.
+        weight = world.size * sharding.micro_batches / len(rows) if micro else 0.0
+        with accelerator.accumulate(sharding.model):
+            loss, sums = forward(micro or [rows[0]])
+            sharding.backward(loss * weight)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + (value if micro else 0.0)
+    return totals
+
+
+def micro_batches(batch: int, micro_batch: int, world: World) -> int:
+    """Forward passes of every rank in a step."""
+    return math.ceil(math.ceil(batch / world.size) / micro_batch)
 
 
 def _checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ _METADATA = ("Date", "Creator", "Format", "Type")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing; `svg` is trusted markup from `line_chart`."""
+    """A drawing; `svg` is trusted markup from `line_chart` or `png`."""
 
     svg: object
     caption: str
@@ -47,8 +48,19 @@ class Series:
     high: Sequence[float] = ()
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, caption: str) -> Chart:
-    """Draw lines as SVG; intervals become error bars."""
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    caption: str,
+    bands: bool = False,
+    log: bool = False,
+) -> Chart:
+    """Draw lines as SVG; intervals become error bars, or bands where points are many.
+
+    With `log` the vertical axis is logarithmic.
+    """
     import matplotlib as mpl
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -59,7 +71,11 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, caption:
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.subplots()
         for one in series:
-            if len(one.low):
+            if bands:
+                (line,) = axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
+                if len(one.low):
+                    axes.fill_between(one.x, one.low, one.high, color=line.get_color(), alpha=0.15)
+            elif len(one.low):
                 below = [y - low for y, low in zip(one.y, one.low, strict=True)]
                 above = [high - y for y, high in zip(one.y, one.high, strict=True)]
                 axes.errorbar(
@@ -69,16 +85,31 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, caption:
                 axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        if log:
+            axes.set_yscale("log")
+            # An interval of few seeds may span more decades than all the curves.
+            values = [y for one in series for y in one.y]
+            axes.set_ylim(min(values) / 10, max(values) * 10)
         if all(float(x).is_integer() for one in series for x in one.x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5 if bands else 10, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if len(series) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=bands, fontsize="small" if bands else None)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(_METADATA))
     drawing = buffer.getvalue()
     return Chart(Markup(drawing[drawing.index("<svg") :]), caption)
+
+
+def png(data: bytes, *, caption: str) -> Chart:
+    """A picture inside the page."""
+    from markupsafe import Markup
+
+    source = base64.b64encode(data).decode()
+    return Chart(
+        Markup('<img alt="{}" src="data:image/png;base64,{}">').format(caption, source), caption
+    )
 
 
 def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> Path:

@@ -38,7 +38,7 @@ class Sharding:
         from accelerate.utils import InitProcessGroupKwargs
 
         self.stage = zero_stage(config, world)
-        self.world = world
+        self.world, self.micro_batches = world, micro_batches
         options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
         if self.stage is None:
             options["cpu"] = on_cpu
@@ -58,6 +58,12 @@ class Sharding:
         self._ema: EMA | None = None
         self._model: nn.Module | None = None
         self._optimizer: Any = None
+
+    @property
+    def model(self) -> nn.Module:
+        """What `prepare` returned."""
+        assert self._model is not None
+        return self._model
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.alignment.statistics import Interval
+from sparring.launch.statistics import Interval
 from sparring.alignment.win_rates import length_controlled_win_rate, length_feature, verdicts
 
 Array = np.ndarray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sparring.launch.report import Section, Series, line_chart, write_page
+from sparring.launch.report import Section, Series, line_chart, png, write_page
 
 ATTACK = "<script>alert('&')</script>"
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -53,6 +53,16 @@ def test_a_page_is_whole_and_has_its_drawing(tmp_path: Path) -> None:
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert page(tmp_path / "1.html") == page(tmp_path / "2.html")
+
+
+def test_a_picture_is_inside_the_page(tmp_path: Path) -> None:
+    chart = png(b"bytes", caption='<"a">')
+    path = write_page(
+        tmp_path / "p.html", title="t", lead="", sections=[Section("s", charts=[chart])]
+    )
+    text = path.read_text()
+    assert 'src="data:image/png;base64,Ynl0ZXM="' in text
+    assert 'alt="&lt;&#34;a&#34;&gt;"' in text
 
 
 def test_intervals_are_drawn(tmp_path: Path) -> None:

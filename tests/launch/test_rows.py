@@ -36,6 +36,7 @@ class Whole:
     matrix: tuple[tuple[float, ...], ...]
     parts: tuple[Part, ...]
     main: Part
+    data: bytes
     figures: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -54,6 +55,7 @@ wholes = st.builds(
     st.lists(st.lists(floats, max_size=3).map(tuple), max_size=3).map(tuple),
     st.lists(parts, max_size=3).map(tuple),
     parts,
+    st.binary(),
     st.dictionaries(st.text(), st.lists(floats, max_size=3).map(tuple), max_size=3),
 )
 
@@ -79,7 +81,7 @@ def test_not_a_number_and_infinity_survive(tmp_path: Path) -> None:
 
 
 def whole(**changes: object) -> Whole:
-    one = Whole("a", 1, 0.5, True, None, None, (1,), ((1.0,),), (), Part("m", 1))
+    one = Whole("a", 1, 0.5, True, None, None, (1,), ((1.0,),), (), Part("m", 1), b"")
     return dataclasses.replace(one, **changes)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.alignment.statistics import (
+from sparring.launch.statistics import (
     Resamples,
     bootstrap_mean,
     fit_logistic,
@@ -137,7 +137,7 @@ def test_resampled_sums_are_those_of_the_bootstrap_of_the_mean() -> None:
 def test_weights_come_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = Resamples(np.arange(10), seed=0, resamples=7)
     (whole,) = draws.weights()
-    monkeypatch.setattr("sparring.alignment.statistics._BLOCK", 30)
+    monkeypatch.setattr("sparring.launch.statistics._BLOCK", 30)
     blocks = list(draws.weights())
     assert [len(block) for block in blocks] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate(blocks), whole)

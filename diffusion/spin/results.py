@@ -1,0 +1,146 @@
+"""What a run found: the table for the terminal and the report for the browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparring.diffusion.spin.config import ImageRecipe
+from sparring.launch import artifacts
+from sparring.launch.config import plain
+from sparring.launch.metrics import read_metrics
+from sparring.launch.report import Chart, Section, Series, line_chart, png, write_page
+from sparring.launch.rows import read_rows
+
+_COLUMNS = 10  # images of the grid
+
+
+def evaluations(recipe: ImageRecipe, run: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Figures of every iterate that was evaluated, by number of iterations."""
+    found = []
+    for t in range(recipe.iterations + 1):
+        artifact = artifacts.read(run / f"heldout{t}" / "evaluate-images")
+        if artifact:
+            found.append((t, artifact.figures))
+    return found
+
+
+def _shown(figures: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Measured figures as [value], or [mean, low, high]."""
+    found = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            found[name] = value
+        elif isinstance(value, float):
+            found[name] = [value]
+    return found
+
+
+def _cell(value: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    mean, *ends = (f"{number:.3f}" for number in value)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
+def _cells(rows: list[tuple[int, dict[str, Any]]]) -> list[list[str]]:
+    names = dict.fromkeys(name for _, figures in rows for name in _shown(figures))
+    lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
+    for name in names:
+        values = [_cell(_shown(figures).get(name)) for _, figures in rows]
+        lines.append([name.replace("_", " "), *values])
+    return lines
+
+
+def summary(recipe: ImageRecipe, run: Path) -> dict[str, Any]:
+    """Figures by iteration, and the table as text."""
+    rows = evaluations(recipe, run)
+    figures = {f"after_{t}": values for t, values in rows}
+    if not rows:
+        return {"evaluations": figures, "table": "nothing was evaluated yet"}
+    lines = _cells(rows)
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    level = round(100 * recipe.evaluate.level)
+    text.append(f"{rows[0][1]['images']} images for held-out captions; {level} % intervals")
+    return {"evaluations": figures, "table": "\n".join(line.rstrip() for line in text)}
+
+
+def _grid(recipe: ImageRecipe, run: Path) -> Section | None:
+    """The first held-out captions, the same noise in a column, an iterate a row."""
+    from sparring.diffusion.spin.pictures import from_png, grid, to_png
+    from sparring.diffusion.spin.rows import Picture, Sample
+
+    iterates = [t for t, _ in evaluations(recipe, run)]
+    if not iterates:
+        return None
+    pictures = read_rows(run / "images" / "heldout.parquet", Picture)
+    step = max(1, len(pictures) // _COLUMNS)
+    chosen = pictures[::step][:_COLUMNS]
+    rows = [[from_png(row.png, row.image_id) for row in chosen]]
+    for t in iterates:
+        path = run / f"heldout{t}" / "generate-images" / "samples.parquet"
+        found = {row.image_id: row for row in read_rows(path, Sample) if row.k == 0}
+        rows.append([from_png(found[row.image_id].png, row.image_id) for row in chosen])
+    scale = max(1, 48 // rows[0][0].height)
+    caption = "rows: real, start, and after each iteration; columns share caption and noise"
+    return Section(
+        "Images",
+        note="Every so-many-th held-out caption; not chosen by hand. "
+        + "; ".join(row.caption for row in chosen)
+        + ".",
+        charts=[png(to_png(grid(rows, scale)), caption=caption)],
+    )
+
+
+def _charts(rows: list[tuple[int, dict[str, Any]]]) -> Iterator[Chart]:
+    for name in dict.fromkeys(name for _, figures in rows for name in _shown(figures)):
+        points = [(t, _shown(f)[name]) for t, f in rows if name in _shown(f)]
+        if len(points) > 1:
+            values = zip(*(value for _, value in points), strict=True)
+            series = Series(name, [t for t, _ in points], *values)
+            label = name.replace("_", " ")
+            caption = f"{label}, held-out captions, after each iteration"
+            yield line_chart([series], x_label="iteration", y_label=label, caption=caption)
+
+
+def _training(recipe: ImageRecipe, run: Path) -> Iterator[Chart]:
+    for name in ("loss", "accuracy", "displacement", "winner"):
+        series = []
+        for t in range(recipe.iterations):
+            path = run / f"iter{t}" / "train-images" / "metrics.jsonl"
+            rows = read_metrics(path) if path.is_file() else []
+            if rows and name in rows[0]:
+                steps = [row["step"] for row in rows]
+                series.append(Series(f"iteration {t + 1}", steps, [row[name] for row in rows]))
+        if series:
+            yield line_chart(
+                series, x_label="optimizer step", y_label=name, caption=f"{name} in training"
+            )
+
+
+def write_report(recipe: ImageRecipe, run: Path) -> Path:
+    """Write ``report.html`` into the run."""
+    rows = evaluations(recipe, run)
+    heading, *lines = _cells(rows) if rows else [[]]
+    level = round(100 * recipe.evaluate.level)
+    held_out = Section(
+        "Held-out captions",
+        note=f"Value and {level} % bootstrap interval over captions' images. Win rates compare "
+        "images of the same caption and noise.",
+        columns=heading,
+        rows=lines,
+        charts=list(_charts(rows)),
+    )
+    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
+    sections = [section for section in (_grid(recipe, run),) if section] + [held_out]
+    sections += [Section("Training", charts=list(_training(recipe, run)))]
+    sections += [Section("Recipe", code=json.dumps(shown, indent=2))]
+    lead = (
+        f"{recipe.algorithm}, {recipe.iterations} iterations from {recipe.model.path}, seed "
+        f"{recipe.seed}"
+    )
+    return write_page(run / "report.html", title=recipe.name, lead=lead, sections=sections)

@@ -1,0 +1,178 @@
+"""Scorers: how well images fit their captions, or how good they look, as one number an image.
+
+A scorer is any object with ``name`` and ``score(images, prompts) -> list of floats``, higher is
+better. One of your own is ``module:function``, called as ``function(real)`` with the real training
+images as (image, caption) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL.Image import Image
+
+from sparring.diffusion.spin.pictures import pixels
+from sparring.launch.errors import SparringError
+from sparring.launch.stages import load
+
+Real = Sequence[tuple[Image, str]]
+
+
+class Scorer(Protocol):
+    """Scores images."""
+
+    name: str
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """One number an image."""
+
+
+class Classifier:
+    """log p(caption | image) by logistic regression on the real images' pixels.
+
+    For sets with few captions, of which each has several images. It never sees a generated image.
+    """
+
+    name = "classifier"
+
+    def __init__(self, real: Real) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        captions = [caption for _, caption in real]
+        if len(set(captions)) * 2 > len(captions) or len(set(captions)) < 2:
+            raise SparringError(
+                f"the classifier needs at least two captions with several images each, not "
+                f"{len(set(captions))} captions for {len(captions)} images; name another scorer in "
+                "evaluate.scorers"
+            )
+        self._model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        self._model.fit(_flat([image for image, _ in real]), captions)
+        self._place = {name: n for n, name in enumerate(self._model.classes_)}
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """Natural logarithms of probabilities, at least -20."""
+        chances = self._model.predict_proba(_flat(images))
+        own = [chances[n, self._place[prompt]] for n, prompt in enumerate(prompts)]
+        return np.log(np.maximum(own, np.exp(-20))).tolist()  # type: ignore[no-any-return]
+
+    def right(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """1 where the caption is the likeliest."""
+        return (self._model.predict(_flat(images)) == np.array(prompts)).astype(float).tolist()  # type: ignore[no-any-return]
+
+
+def _flat(images: Sequence[Image]) -> Any:
+    return pixels(images, 3).reshape(len(images), -1)
+
+
+class Clip:
+    """Scaled cosine of CLIP's features of image and prompt; PickScore is one with other weights."""
+
+    def __init__(self, name: str, path: str, batch: int = 32) -> None:
+        from transformers import AutoModel, AutoProcessor
+
+        self.name, self._batch = name, batch
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(path)
+            self._model: Any = AutoModel.from_pretrained(path).eval()
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, path, error) from None
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """exp(scale) times the cosine."""
+        import torch
+
+        from sparring.diffusion.spin.pipelines import device
+
+        model = self._model.to(device())
+        found: list[float] = []
+        for start in range(0, len(images), self._batch):
+            part = slice(start, start + self._batch)
+            given = self._processor(
+                text=list(prompts[part]),
+                images=[image.convert("RGB") for image in images[part]],
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
+            ).to(model.device)
+            with torch.no_grad():
+                out = model(**given)
+            cosine = (out.image_embeds * out.text_embeds).sum(1)
+            found += (model.logit_scale.exp() * cosine).tolist()
+        return found
+
+
+class Aesthetic:
+    """LAION's aesthetic score: a linear predictor of 1 to 10 on CLIP ViT-L/14's image features.
+
+    Args:
+        path: folder or hub id of the CLIP, then "|", then a safetensors file with `weight` (1, D)
+            and `bias` (1,), such as the linear layers of the published predictor multiplied out.
+    """
+
+    name = "aesthetic"
+
+    def __init__(self, path: str) -> None:
+        from safetensors.torch import load_file
+
+        clip, _, head = path.partition("|")
+        self._clip = Clip("aesthetic", clip)
+        if not Path(head).is_file():
+            raise _not_loaded(self.name, head or path, OSError("no such file"))
+        self._head = load_file(head)
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """About 1 to 10; prompts play no part."""
+        import torch
+
+        found: list[float] = []
+        for image in images:
+            given = self._clip._processor(images=image.convert("RGB"), return_tensors="pt")
+            with torch.no_grad():
+                features = self._clip._model.get_image_features(**given)
+            pooled = getattr(features, "pooler_output", features)
+            unit = pooled / pooled.norm(dim=-1, keepdim=True)
+            found.append(float(unit[0] @ self._head["weight"][0] + self._head["bias"][0]))
+        return found
+
+
+def _not_loaded(name: str, path: str, error: Exception) -> SparringError:
+    return SparringError(
+        f"scorer {name!r} cannot be loaded from {path!r} ({str(error).splitlines()[0]}); give a "
+        f'folder or hub id after a colon, as in "{name}:/path", or leave it out'
+    )
+
+
+_DEFAULTS = {
+    "clip": "openai/clip-vit-large-patch14",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "aesthetic": "",
+}
+
+
+def build_scorer(name: str, real: Real) -> Scorer:
+    """The scorer that a recipe names.
+
+    Args:
+        name: see `ImageEvaluateConfig.scorers`.
+        real: training images with captions.
+
+    Raises:
+        SparringError: it cannot be loaded; the message names it and the place.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "classifier":
+        return Classifier(real)
+    if kind in ("clip", "pickscore"):
+        return Clip(kind, path or _DEFAULTS[kind])
+    if kind == "aesthetic":
+        return Aesthetic(path)
+    if not path:
+        known = ", ".join(["classifier", *_DEFAULTS])
+        raise SparringError(f"scorer {name!r} is none of {known}, and no module:function")
+    make: Callable[[Real], Scorer] = load(name)
+    return make(real)

@@ -1,0 +1,122 @@
+"""A small text-to-image pipeline in the layout of Stable Diffusion, with random weights.
+
+Its autoencoder hands pixels through, so that the network works on them; all the rest is Stable
+Diffusion's own classes, which diffusers loads like any other pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+_LENGTH = 16  # tokens of a caption
+_SCALE = 0.3  # of latents: the decoder's tanh(z/3)*3 is a straight line there, to 1/300
+
+
+def passthrough_vae(channels: int) -> Any:
+    """An AutoencoderTiny whose decode(encode(x)) is x, to less than a grey level.
+
+    Latents are 0.3 x, and `scaling_factor` makes them x again for the network.
+    """
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        in_channels=channels,
+        out_channels=channels,
+        latent_channels=channels,
+        encoder_block_out_channels=(channels,),
+        decoder_block_out_channels=(channels,),
+        num_encoder_blocks=(0,),
+        num_decoder_blocks=(0,),
+        scaling_factor=1 / _SCALE,
+    )
+
+    def linear(convolution: Any, weight: float, bias: float) -> None:
+        with torch.no_grad():
+            convolution.weight.zero_()
+            for c in range(channels):
+                convolution.weight[c, c, 1, 1] = weight
+            convolution.bias.fill_(bias)
+
+    # The class maps x to (x + 1) / 2 before its encoder, and back after its decoder.
+    into, out = vae.encoder.layers, vae.decoder.layers
+    linear(into[0], 1.0, 0.0)
+    linear(into[1], 2 * _SCALE, -_SCALE)
+    linear(out[0], 1 / (2 * _SCALE), 0.5)
+    linear(out[-1], 1.0, 0.0)
+    return vae
+
+
+def tokenizer(captions: Iterable[str]) -> Any:
+    """A CLIP tokenizer whose vocabulary holds the captions' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(list(captions), trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=_LENGTH)
+
+
+def small_pipeline(
+    captions: Iterable[str], *, size: int, channels: int, widths: Sequence[int], seed: int
+) -> Any:
+    """A StableDiffusionPipeline for images of a size and captions of some words.
+
+    The text encoder stays random: different words have different features, and that is all that
+    the network's attention needs.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = tokenizer(captions)
+    levels = len(widths)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=_LENGTH,
+                bos_token_id=words.bos_token_id,
+                eos_token_id=words.eos_token_id,
+                pad_token_id=words.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)),
+            up_block_types=(*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1, set_alpha_to_one=False
+    )
+    return StableDiffusionPipeline(
+        vae=passthrough_vae(channels),
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
