@@ -18,10 +18,10 @@ from sparring.alignment.matches import Players, play, read_players, read_samples
 from sparring.alignment.prompting import read_prompt_set
 from sparring.alignment.response_files import with_ids
 from sparring.alignment.stages import EvaluateStage
-from sparring.launch.statistics import bootstrap_mean, fit_logistic
 from sparring.alignment.win_rates import length_controlled_win_rate, verdicts
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.stages import Context, Figures
+from sparring.launch.statistics import bootstrap_mean, fit_logistic
 
 
 class _Options(TypedDict):

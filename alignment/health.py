@@ -13,11 +13,11 @@ import numpy as np
 
 from sparring.alignment.judge_figures import different_texts, logit_figures
 from sparring.alignment.rows import Judged, Prompt, Response
-from sparring.launch.statistics import FloatArray
-from sparring.alignment.tables import aligned, cell
 from sparring.launch import artifacts
 from sparring.launch.errors import SparringError
 from sparring.launch.report import Chart, Section, Series, line_chart
+from sparring.launch.statistics import FloatArray
+from sparring.launch.tables import aligned, cell
 
 # A figure is reported when its whole interval is on the wrong side of its healthy value, and the
 # figure itself at least this far away: what is significant in 20 000 prompts may still be trifling.

@@ -12,13 +12,13 @@ from sparring.alignment.algorithms import algorithm
 from sparring.alignment.config import Recipe
 from sparring.alignment.health import health_sections
 from sparring.alignment.rows import Prompt, Response
-from sparring.alignment.tables import aligned, cell
 from sparring.launch import artifacts
 from sparring.launch.artifacts import Artifact
 from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
 from sparring.launch.report import Chart, Section, Series, line_chart, write_page
 from sparring.launch.rows import read_rows
+from sparring.launch.tables import aligned, cell
 
 # Figure names with what a reader calls them; the order is that of the table.
 LABELS = {

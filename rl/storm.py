@@ -8,7 +8,8 @@ from torch import nn
 
 from sparring.optimizers.recursive import RecursiveEstimator
 from sparring.rl.environments import Environment
-from sparring.rl.method import Plan, PolicyGradient, check_count, check_range
+from sparring.rl.method import Plan, PolicyGradient
+from sparring.rl.ranges import check_count, check_range
 
 
 class StormPG(PolicyGradient):

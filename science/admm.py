@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +118,7 @@ def admm(
     tol: float | None = None,
     records: int = 100,
     seed: int = 0,
+    callback: Callable[[int, State], None] | None = None,
 ) -> OptimizeResult:
     """min f(x) + g(z) subject to Ax = z, with the scaled dual u (arXiv 2003.03532, 2404.14358).
 
@@ -141,6 +143,7 @@ def admm(
             no such moment, and all iterations are made.
         records: how often f + g and the residuals are recorded, evenly over max_iter.
         seed: of the samples.
+        callback: called after every iteration with its number and state.
 
     Returns:
         scipy's OptimizeResult: x (D,), z (M,), u (M,), fun = f(x) + g(Ax), grad_norm =
@@ -164,7 +167,7 @@ def admm(
     iterate = _Iteration(problem, scheme)
     state = iterate.start(x0)
     limit = 0.0 if batch is not None else 1e-8 if tol is None else tol
-    return _drive(iterate, state, batch, max_iter, limit, records, seed)
+    return _drive(iterate, state, batch, max_iter, limit, records, seed, callback)
 
 
 def _drive(
@@ -175,6 +178,7 @@ def _drive(
     tol: float,
     records: int,
     seed: int,
+    callback: Callable[[int, State], None] | None,
 ) -> OptimizeResult:
     problem, rho = iterate.problem, iterate.scheme.rho
     rng = np.random.default_rng(derive(seed, "admm", "samples"))
@@ -187,6 +191,8 @@ def _drive(
         if not np.abs(state.x).max() < _LIMIT:
             message = f"x grew beyond {_LIMIT:g} by iteration {k}; take a larger tau or rho"
             break
+        if callback is not None:
+            callback(k, state)
         done = batch is None and _settled(problem, rho, state, tol)
         if done or k * records >= due * max_iter:
             due = k * records // max_iter + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ _State = tuple[FloatArray, FloatArray, FloatArray]
 
 
 def consensus_admm(
-    f: SmoothTerm,
+    f: SmoothTerm | Sequence[SmoothTerm],
     g: Penalty,
     rho: float,
     alpha: float = 1.0,
@@ -31,8 +32,9 @@ def consensus_admm(
     tol: float | None = None,
     seed: int = 0,
     group: Any = None,
+    callback: Callable[[int, FloatArray, float], None] | None = None,
 ) -> OptimizeResult:
-    """min Σ_r f_r(x) + g(x), rank r calling with its own f_r and the same other arguments.
+    """min Σ_r f_r(x) + g(x), each rank calling with its own f_r and the same other arguments.
 
         x_r⁺ = argmin (1 − ω1) f_r(x, ξ) + ω1 ⟨f_r'(x_r, ξ), x⟩ + ρ/2 ‖x − z + u_r‖²
                       + τ/2 ‖x − x_r‖²
@@ -41,22 +43,26 @@ def consensus_admm(
 
     (Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 2011, section 7,
     with relaxation.) Two all-reduces an iteration, of D and of 3 float64 numbers; data
-    never travel. On R ranks with n_r of n rows each, f_r = LeastSquares(rows, targets,
-    weight=n_r / n) gives the mean over all rows. Without torch.distributed it runs alone.
+    never travel. With n_r of n rows each, f_r = LeastSquares(rows, targets, weight=n_r / n)
+    gives the mean over all rows. R counts losses, not ranks: a rank may hold several, and dealt out
+    in turn (rank k of W with f_k, f_{k+W}, …) they take the same steps on any number of ranks.
+    Without torch.distributed it runs alone.
 
     Args:
-        f: this rank's loss; D must be the same on all.
+        f: this rank's loss or losses; D must be the same on all.
         g: penalty, the same on all.
         rho, alpha, omega1, tau: as in `Scheme`.
         x0: (D,), the same on all; 0 if None.
-        batch: samples of f_r an iteration; None: f_r itself. Ranks draw apart from each other.
+        batch: samples of f_r an iteration; None: f_r itself. Each f_r draws on its own.
         max_iter: iterations at most.
         tol: as in `admm`, over all ranks; None: 1e-8, with a batch none.
         seed: of the samples.
         group: process group; the default one if None.
+        callback: called after every iteration with its number, z and the residual.
 
     Returns:
-        scipy's OptimizeResult, the same on all ranks but for `x_local` and `u`: x = z (D,), nit,
+        scipy's OptimizeResult, the same on all ranks but for `x_local` and `u`, a row for each of
+        the rank's losses (without rows for a single one): x = z (D,), nit,
         residual = √Σ‖x_r − z‖², grad_norm = √Σ‖f_r'(x_r) + ρu_r‖²,
         success, message.
 
@@ -68,36 +74,46 @@ def consensus_admm(
         raise ValueError(f"batch must be at least 1 and excludes tol, got {batch} and tol = {tol}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    ranks = _Ranks(group)
-    size = f.dimension
+    parts = [f] if isinstance(f, SmoothTerm) else list(f)
+    if not parts:
+        raise ValueError("f is empty: give every rank at least one loss")
+    ranks = _Ranks(group, len(parts))
+    size = parts[0].dimension
     z = np.zeros(size) if x0 is None else np.array(x0, dtype=np.float64)
     if z.shape != (size,):
         raise ValueError(f"x0 must have shape ({size},), got {z.shape}")
-    iterate = _Local(f, g, scheme, ranks)
-    rng = np.random.default_rng(derive(seed, "consensus", ranks.rank))
-    state = (z.copy(), z, np.zeros(size))
+    iterate = _Local(parts, g, scheme, ranks)
+    rngs = [np.random.default_rng(derive(seed, "consensus", n)) for n in ranks.numbers]
+    state = (np.tile(z, (len(parts), 1)), z, np.zeros((len(parts), size)))
     limit = 0.0 if batch is not None else 1e-8 if tol is None else tol
     done, finite, k = False, True, 0
     while k < max_iter and finite and not done:
-        state = iterate(state, None if batch is None else f.draw(rng, batch))
+        draws: list[Any] = [None] * len(parts)
+        if batch is not None:
+            draws = [part.draw(rng, batch) for part, rng in zip(parts, rngs, strict=True)]
+        state = iterate(state, draws)
         k += 1
         residual, slope, dual = iterate.residuals(state)
         finite = residual + slope < 1e100  # else it has diverged; False for NaN too
-        near = residual <= limit * (1 + ranks.count**0.5 * float(np.linalg.norm(state[1])))
+        near = residual <= limit * (1 + ranks.losses**0.5 * float(np.linalg.norm(state[1])))
         done = batch is None and near and slope <= limit * (1 + dual)
+        if callback is not None and finite:
+            callback(k, state[1], residual)
     message = f"{k} iterations are made"
     if done:
         message = f"residual and gradient are within tol = {limit:g}"
     elif not finite:
         message = f"x left all bounds by iteration {k}; take a larger tau or rho"
+    single = isinstance(f, SmoothTerm)
+    each = sum(part.samples for part in parts) if batch is None else batch * len(parts)
     return OptimizeResult(
         x=state[1],
-        x_local=state[0],
-        u=state[2],
+        x_local=state[0][0] if single else state[0],
+        u=state[2][0] if single else state[2],
         nit=k,
         residual=residual,
         grad_norm=slope,
-        n_ifo={"df": k * (f.samples if batch is None else batch)},
+        n_ifo={"df": k * each},
         success=done or (batch is not None and finite),
         message=message,
     )
@@ -106,11 +122,15 @@ def consensus_admm(
 class _Ranks:
     """Sums over the ranks of a group; one rank alone without torch.distributed."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, here: int) -> None:
         self._group = group
         self._shared = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size(group) if self._shared else 1
-        self.rank = dist.get_rank(group) if self._shared else 0
+        count = dist.get_world_size(group) if self._shared else 1
+        rank = dist.get_rank(group) if self._shared else 0
+        self.losses = int(self.sum(np.array([float(here)]))[0])
+        """On all ranks."""
+        self.numbers = [rank + count * n for n in range(here)]
+        """Of this rank's losses among all."""
 
     def sum(self, values: FloatArray) -> FloatArray:
         """The same bytes on all ranks."""
@@ -122,31 +142,34 @@ class _Ranks:
 
 
 class _Local:
-    """This rank's part of an iteration; a state is (x_r, z, u_r)."""
+    """This rank's part of an iteration; a state is (x (P, D), z (D,), u (P, D)) of P losses."""
 
-    def __init__(self, f: SmoothTerm, g: Penalty, scheme: Scheme, ranks: _Ranks) -> None:
-        self.f, self.g, self.scheme, self.ranks = f, g, scheme, ranks
-        K = (scheme.rho + scheme.tau) * np.eye(f.dimension)
-        self.solve = f.solver(1 - scheme.omega1, K)
+    def __init__(
+        self, parts: Sequence[SmoothTerm], g: Penalty, scheme: Scheme, ranks: _Ranks
+    ) -> None:
+        self.parts, self.g, self.scheme, self.ranks = parts, g, scheme, ranks
+        K = (scheme.rho + scheme.tau) * np.eye(parts[0].dimension)
+        self.solves = [part.solver(1 - scheme.omega1, K) for part in parts]
 
-    def __call__(self, state: _State, xi: Any) -> _State:
-        x, z, u = state
-        rho, alpha, omega1, ranks = (
-            self.scheme.rho, self.scheme.alpha, self.scheme.omega1, self.ranks.count,
-        )  # fmt: skip
-        q = rho * (u - z) - self.scheme.tau * x
-        if omega1:
-            q = q + omega1 * self.f.gradient(x, xi)
-        x = self.solve(q, xi, x)
+    def __call__(self, state: _State, draws: Sequence[Any]) -> _State:
+        before, z, u = state
+        rho, alpha, omega1 = self.scheme.rho, self.scheme.alpha, self.scheme.omega1
+        x = np.empty_like(before)
+        for n, (part, solve, xi) in enumerate(zip(self.parts, self.solves, draws, strict=True)):
+            q = rho * (u[n] - z) - self.scheme.tau * before[n]
+            if omega1:
+                q = q + omega1 * part.gradient(before[n], xi)
+            x[n] = solve(q, xi, before[n])
         relaxed = alpha * x + (1 - alpha) * z
-        z = self.g.prox(self.ranks.sum(relaxed + u) / ranks, 1 / (ranks * rho))
+        count = self.ranks.losses
+        z = self.g.prox(self.ranks.sum((relaxed + u).sum(0)) / count, 1 / (count * rho))
         return x, z, u + relaxed - z
 
     def residuals(self, state: _State) -> tuple[float, float, float]:
         """√Σ‖x_r − z‖², √Σ‖f_r'(x_r) + ρu_r‖² and √Σ‖ρu_r‖²."""
         x, z, u = state
         dual = self.scheme.rho * u
-        slope = self.f.gradient(x) + dual
-        parts = np.array([np.sum((x - z) ** 2), slope @ slope, dual @ dual])
-        residual, gradient, size = np.sqrt(self.ranks.sum(parts))
+        slope = np.stack([part.gradient(x[n]) for n, part in enumerate(self.parts)]) + dual
+        sums = np.array([np.sum((x - z) ** 2), np.sum(slope**2), np.sum(dual**2)])
+        residual, gradient, size = np.sqrt(self.ranks.sum(sums))
         return float(residual), float(gradient), float(size)

@@ -6,6 +6,7 @@ Shape legend: T months, N assets, S states, D variables, L width of g.
 from __future__ import annotations
 
 import bz2
+import gzip
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,26 @@ def monthly_returns() -> FloatArray:
     table = np.array(rows, dtype=np.float64)
     first = columns.index("NoDur") - 1  # the factors come before it
     return 100 * table[:, first:]
+
+
+def daily_returns() -> FloatArray:
+    """(8312, 20) daily returns 1990-2022 in percent of 20 stocks of the S&P 500.
+
+    From the prices that the package skfolio ships (licence BSD-3); the package is not imported.
+
+    Raises:
+        ModuleNotFoundError: skfolio is not installed (`pip install --no-deps skfolio`).
+    """
+    found = importlib.util.find_spec("skfolio")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "daily_returns reads a file of skfolio: pip install --no-deps skfolio"
+        )
+    path = Path(found.origin).parent / "datasets" / "data" / "sp500_dataset.csv.gz"
+    with gzip.open(path, "rt") as lines:
+        next(lines)
+        prices = np.array([line.strip().split(",")[1:] for line in lines], dtype=np.float64)
+    return np.asarray(100 * (prices[1:] / prices[:-1] - 1))
 
 
 def portfolio(returns_TN: npt.ArrayLike) -> CompositionalProblem:

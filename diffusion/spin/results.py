@@ -13,6 +13,7 @@ from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
 from sparring.launch.report import Chart, Section, Series, line_chart, png, write_page
 from sparring.launch.rows import read_rows
+from sparring.launch.tables import aligned, cell
 
 _COLUMNS = 10  # images of the grid
 
@@ -27,29 +28,16 @@ def evaluations(recipe: ImageRecipe, run: Path) -> list[tuple[int, dict[str, Any
     return found
 
 
-def _shown(figures: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Measured figures as [value], or [mean, low, high]."""
-    found = {}
-    for name, value in figures.items():
-        if isinstance(value, list):
-            found[name] = value
-        elif isinstance(value, float):
-            found[name] = [value]
-    return found
-
-
-def _cell(value: list[float] | None) -> str:
-    if value is None:
-        return "-"
-    mean, *ends = (f"{number:.3f}" for number in value)
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
+def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured figures: numbers, or [mean, low, high]; counts are left out."""
+    return {name: value for name, value in figures.items() if isinstance(value, (list, float))}
 
 
 def _cells(rows: list[tuple[int, dict[str, Any]]]) -> list[list[str]]:
     names = dict.fromkeys(name for _, figures in rows for name in _shown(figures))
     lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
     for name in names:
-        values = [_cell(_shown(figures).get(name)) for _, figures in rows]
+        values = [cell(_shown(figures).get(name)) for _, figures in rows]
         lines.append([name.replace("_", " "), *values])
     return lines
 
@@ -60,13 +48,10 @@ def summary(recipe: ImageRecipe, run: Path) -> dict[str, Any]:
     figures = {f"after_{t}": values for t, values in rows}
     if not rows:
         return {"evaluations": figures, "table": "nothing was evaluated yet"}
-    lines = _cells(rows)
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = aligned(_cells(rows))
     level = round(100 * recipe.evaluate.level)
     text.append(f"{rows[0][1]['images']} images for held-out captions; {level} % intervals")
-    return {"evaluations": figures, "table": "\n".join(line.rstrip() for line in text)}
+    return {"evaluations": figures, "table": "\n".join(text)}
 
 
 def _grid(recipe: ImageRecipe, run: Path) -> Section | None:
@@ -100,7 +85,8 @@ def _charts(rows: list[tuple[int, dict[str, Any]]]) -> Iterator[Chart]:
     for name in dict.fromkeys(name for _, figures in rows for name in _shown(figures)):
         points = [(t, _shown(f)[name]) for t, f in rows if name in _shown(f)]
         if len(points) > 1:
-            values = zip(*(value for _, value in points), strict=True)
+            listed = [value if isinstance(value, list) else [value] for _, value in points]
+            values = zip(*listed, strict=True)
             series = Series(name, [t for t, _ in points], *values)
             label = name.replace("_", " ")
             caption = f"{label}, held-out captions, after each iteration"

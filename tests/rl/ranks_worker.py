@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tiny_process import process, softmax
 
 from sparring.rl import GaussianPolicy, StormPG
+from sparring.rl.ranks import together
 
 CASES: list[dict[str, Any]] = [
     {"baseline": "loo"},
@@ -41,9 +42,24 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def lopsided() -> str:
+    """What a rank is told when only rank 1 diverges."""
+
+    def work() -> int:
+        if dist.get_rank() == 1:
+            raise FloatingPointError("here")
+        return 1
+
+    try:
+        together(work)
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    results = [run(case) for case in CASES]
+    results = [*(run(case) for case in CASES), {"lopsided": lopsided()}]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:

@@ -13,6 +13,8 @@ from launch_ranks import launch
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     """Oracle 7: the same trajectories, shared, give the same g."""
     by_rank = launch(Path(ranks_worker.__file__), 2, tmp_path)
+    told = [results[-1]["lopsided"] for results in by_rank]
+    assert told == ["the run diverged on another rank", "here"]
     for number, case in enumerate(ranks_worker.CASES):
         alone = ranks_worker.run(case)
         for results in by_rank:

@@ -7,15 +7,16 @@ from typing import Any
 
 
 def cell(value: Any) -> str:
-    """A figure as text: "0.512 [0.480, 0.547]" for [mean, low, high], "-" for None."""
+    """A figure as text: "0.512 [0.480, 0.547]" for [mean, low, high], "0.512", or "-" for None."""
     if value is None:
         return "-"
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, float)):
         return str(value)
-    digits = 1 if abs(value[0]) >= 10 else 3
+    parts = [value] if isinstance(value, float) else value
+    digits = 1 if abs(parts[0]) >= 10 else 3
     # Adding 0 turns -0.0 into 0.0, so that rounding does not leave a sign.
-    mean, low, high = (f"{round(part, digits) + 0.0:.{digits}f}" for part in value)
-    return f"{mean} [{low}, {high}]"
+    mean, *ends = (f"{round(part, digits) + 0.0:.{digits}f}" for part in parts)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

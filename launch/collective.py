@@ -1,0 +1,40 @@
+"""torch.distributed around a stage whose ranks talk to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparring.launch.processes import World
+
+
+@contextmanager
+def process_group(world: World, backend: str = "gloo") -> Iterator[None]:
+    """Join the ranks of a stage into torch's default group; one rank alone needs none.
+
+    The launcher has put the address of rank 0 into the environment.
+    """
+    if world.size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: threads only wait for each other where matrices are small, and equal
+    bytes need sums in an order that does not depend on the number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
