@@ -12,9 +12,9 @@ from sparring.alignment.games import pairwise_probabilities
 from sparring.alignment.health import health, health_sections, health_text
 from sparring.alignment.judge_figures import different_texts, logit_figures
 from sparring.alignment.rows import Judged, Message, Prompt, Response
-from sparring.launch.statistics import Resamples, fit_logistic
 from sparring.launch.errors import SparringError
 from sparring.launch.report import write_page
+from sparring.launch.statistics import Resamples, fit_logistic
 
 Array = np.ndarray
 # The spec's example, cyclic once both orders are averaged: 0 over 1 over 2 over 0.

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.launch.statistics import Interval
 from sparring.alignment.win_rates import length_controlled_win_rate, length_feature, verdicts
+from sparring.launch.statistics import Interval
 
 Array = np.ndarray
 
