@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import signal
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,23 +43,43 @@ class Pipeline(Protocol):
 
 
 def pipelines() -> dict[str, Pipeline]:
-    """All registered pipelines by name."""
-    found = importlib.metadata.entry_points(group="sparring.pipelines")
-    return {entry.name: entry.load() for entry in found}
+    """All registered pipelines by name.
+
+    Raises:
+        SparringError: one of them cannot be imported.
+    """
+    return {name: _loaded(entry) for name, entry in _entries().items()}
+
+
+def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group="sparring.pipelines")}
+
+
+def _loaded(entry: importlib.metadata.EntryPoint) -> Pipeline:
+    try:
+        return typing.cast(Pipeline, entry.load())
+    except (ImportError, AttributeError) as error:
+        owner = f" of the package {entry.dist.name}" if entry.dist else ""
+        raise SparringError(
+            f"pipeline {entry.name!r}{owner} cannot be loaded from {entry.value}: {error}; "
+            "repair or uninstall it"
+        ) from error
 
 
 def load_recipe(path: Path) -> tuple[Pipeline, Any]:
-    """Read and validate a recipe file.
+    """Read and validate a recipe file. Other pipelines are not loaded, so may be broken.
 
     Raises:
         UsageError: unreadable, unknown pipeline, unknown key, wrong type or value.
+        SparringError: its pipeline cannot be imported.
     """
     data = read_toml(path)
     name = data.get("pipeline", "alignment")
-    known = pipelines()
+    known = _entries()
     if name not in known:
         raise UsageError(f"{path}: pipeline {name!r} is unknown; known are {', '.join(known)}")
-    return known[name], build(known[name].recipe, data, str(path))
+    pipeline = _loaded(known[name])
+    return pipeline, build(pipeline.recipe, data, str(path))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,23 @@ def test_describe_shows_time_and_figures(toy: Any, tmp_path: Path) -> None:
     assert artifact is not None
     artifact = dataclasses.replace(artifact, manifest={**artifact.manifest, "seconds": 12.34})
     assert runs.describe(artifact) == "  12.3 s   total 3"
+
+
+def test_a_broken_pipeline_is_named_and_stops_no_other_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    entries = (
+        EntryPoint("toy", "toy_pipeline:Toy", "sparring.pipelines"),
+        EntryPoint("broken", "no_such_module:PIPELINE", "sparring.pipelines"),
+    )
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
+    recipe = tmp_path / "toy.toml"
+    recipe.write_text('pipeline = "toy"\nfirst = 5\n')
+    assert runs.load_recipe(recipe)[1].first == 5
+    with pytest.raises(
+        SparringError, match="'broken' cannot be loaded from no_such_module:PIPELINE"
+    ):
+        runs.pipelines()
+    recipe.write_text('pipeline = "broken"\n')
+    with pytest.raises(SparringError, match="repair or uninstall it"):
+        runs.load_recipe(recipe)
