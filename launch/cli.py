@@ -31,6 +31,10 @@ STAGE_COMMANDS = (
     "encode-images",
     "train-images",
     "evaluate-images",
+    "text-data",
+    "train-text-diffusion",
+    "sample-text-diffusion",
+    "evaluate-text-diffusion",
 )
 
 COMMANDS = {
@@ -53,6 +57,10 @@ COMMANDS = {
     "encode-images": "latents and conditions of real and generated images",
     "train-images": "optimise a text-to-image network on pairs",
     "evaluate-images": "score images for held-out captions",
+    "text-data": "collect texts or pairs of texts, and split them",
+    "train-text-diffusion": "train a network that undoes the noising of text",
+    "sample-text-diffusion": "sample texts by a named sampler",
+    "evaluate-text-diffusion": "measure sampled texts against held-out ones",
     "report": "write a run's report again",
     "recipes": "list algorithms and recipes",
     "doctor": "say which stages can run here, and why not",
@@ -61,7 +69,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of ``sparring --help``."""
-    lines = [f"  {name:<16} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<24} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sparring COMMAND [options] [--json]",
