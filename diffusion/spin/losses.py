@@ -66,9 +66,8 @@ def decoupled_loss(
     """l(beta/2 weight_t margin_t) at one step t a pair (arXiv 2402.10210, eq. 4.9).
 
     With t uniform its mean is an upper bound of `trajectory_loss`, by Jensen; the loser needs its
-    last image only, noised anew. beta is in the units of the authors' parent code: on latents of
-    4 x 64 x 64 they take 2000 to 5000, on small images choose it so that beta/2 margin is of order
-    1 after some steps.
+    last image only, noised anew. beta is in the units of the authors' parent code, which takes 2000
+    to 5000.
 
     Args:
         margin_B: of errors that are means over dimensions.
