@@ -133,9 +133,11 @@ def test_two_ranks_with_zero_give_one_process_s_weights(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     inputs = {"model": layout("sd"), "encoded": encoded("sd")}
-    run("train-images", one, *TRAINING, "--ema", "0.9", **inputs)
+    # At the default eps Adam makes whole steps of gradients that are rounding alone.
+    options = (*TRAINING, "--ema", "0.9", "--optimizer.eps", "1e-6")
+    run("train-images", one, *options, **inputs)
     ranks = ("--launch.processes", "2", "--micro-batch", "2", "--zero", str(stage))
-    figures = run("train-images", two, *TRAINING, "--ema", "0.9", *ranks, **inputs)
+    figures = run("train-images", two, *options, *ranks, **inputs)
     assert figures["zero"] == stage
     assert largest_difference(one, layout("sd")) > 1e-4
     assert largest_difference(one, two) < 1e-5
