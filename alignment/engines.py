@@ -181,7 +181,8 @@ class TransformersEngine:
         max_length: int,
         world: World,
     ) -> None:
-        from sparring.alignment.models import device, load_policy
+        from sparring.alignment.models import load_policy
+        from sparring.launch.collective import device
 
         self._config, self._eos = config, list(eos)
         self._model = load_policy(model, dtype).to(device())

@@ -63,7 +63,7 @@ def run(
     figures = _held_out(config, inputs, context) if "current" in inputs else {}
     if config.lm_eval:  # last: the harness sets the seeds of every library
         from sparring.alignment.harness import leaderboards
-        from sparring.alignment.models import device
+        from sparring.launch.collective import device
 
         figures |= leaderboards(
             inputs["model"],
@@ -183,7 +183,8 @@ def _model_figures(
     """KL to the base model, and the log-likelihood of the human responses, from forward passes."""
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import device, load_policy
+    from sparring.alignment.models import load_policy
+    from sparring.launch.collective import device
 
     tokenizer = tokens.load_tokenizer(inputs["model"])
     pad = tokens.eos_ids(tokenizer, inputs["model"])[0]

@@ -154,12 +154,3 @@ def _set_dtype(path: Path) -> None:
     values.pop("torch_dtype", None)
     values["dtype"] = "float32"
     artifacts.write_json(path, values)
-
-
-def device() -> Any:
-    """This rank's accelerator, or the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -170,7 +170,8 @@ def _trainer_logps(
 ) -> list[list[tuple[list[float], list[float]]]]:
     """For each (temperature, top_p) and probe: log-probabilities, and the mass above each token."""
     from sparring.alignment.logprobs import ScoredPolicy, sampling_logps
-    from sparring.alignment.models import device, load_policy
+    from sparring.alignment.models import load_policy
+    from sparring.launch.collective import device
 
     policy = ScoredPolicy(load_policy(model, config.dtype).to(device()))
     found = []

@@ -25,8 +25,9 @@ def run(
     """Score this rank's shards."""
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import device, load_policy
+    from sparring.alignment.models import load_policy
     from sparring.alignment.momentum import folded_reference
+    from sparring.launch.collective import device
 
     where = device()
     pad = tokens.eos_ids(tokens.load_tokenizer(inputs["model"]), inputs["model"])[0]

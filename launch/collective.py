@@ -1,11 +1,22 @@
-"""torch.distributed around a stage whose ranks talk to each other."""
+"""torch around a stage: its device, its threads, and the group of ranks that talk to each other."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sparring.launch.processes import World
+
+
+def device() -> Any:
+    """This rank's accelerator as a torch device, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 @contextmanager

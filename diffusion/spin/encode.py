@@ -14,6 +14,7 @@ import numpy as np
 from sparring.diffusion.spin.rows import Encoded, Picture, Sample
 from sparring.diffusion.spin.stages import EncodeImagesStage
 from sparring.launch import artifacts, shards
+from sparring.launch.collective import device
 from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures
@@ -63,7 +64,7 @@ def run(
 
     pairs, _ = paired(inputs)
     pipeline = pipelines.load(inputs["model"], dtype=config.dtype)
-    pipeline.to(pipelines.device())
+    pipeline.to(device())
     if context.world.rank == 0:
         _captions(pipeline, sorted({row.caption for row, _ in pairs}), config.batch, context)
     channels = int(pipeline.vae.config.in_channels)

@@ -9,6 +9,7 @@ from typing import Any
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.diffusion.spin.stages import GenerateImagesStage
 from sparring.launch import shards
+from sparring.launch.collective import device
 from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.seeds import derive
@@ -33,7 +34,7 @@ def run(
     wanted = _wanted(config, inputs)
     example = from_png(wanted[0][0].png, wanted[0][0].image_id)
     pipeline = pipelines.load(inputs["model"], dtype=config.dtype, scheduler=config.scheduler)
-    pipeline.to(pipelines.device())
+    pipeline.to(device())
 
     def sample(chunk: Sequence[tuple[Picture, int]]) -> list[Sample]:
         made: list[Any] = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,13 +28,6 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 DENOISERS = ("unet", "transformer")
-
-
-def device() -> torch.device:
-    """This rank's accelerator, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def load(

@@ -86,7 +86,7 @@ class Clip:
         """exp(scale) times the cosine."""
         import torch
 
-        from sparring.diffusion.spin.pipelines import device
+        from sparring.launch.collective import device
 
         model = self._model.to(device())
         found: list[float] = []
