@@ -39,6 +39,15 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
+def relative_difference(a: Path, b: Path, start: Path) -> float:
+    """How far the update to b is from the update to a, as a share of its length."""
+    one, two, before = weights(a), weights(b), weights(start)
+    update = sum(float((one[name] - before[name]).square().sum()) for name in one)
+    difference = sum(float((one[name] - two[name]).square().sum()) for name in one)
+    assert update > 0
+    return float(np.sqrt(difference / update))
+
+
 SAMPLING = ("--steps", "2", "--guidance", "2.0", "--batch", "4", "--chunk", "8")
 TRAINING = ("--steps", "3", "--batch", "4", "--micro-batch", "4", "--lr", "1e-3", "--schedule",
             "constant", "--warmup", "0", "--beta", "20.0")  # fmt: skip
@@ -139,8 +148,9 @@ def test_two_ranks_with_zero_give_one_process_s_weights(
     ranks = ("--launch.processes", "2", "--micro-batch", "2", "--zero", str(stage))
     figures = run("train-images", two, *options, *ranks, **inputs)
     assert figures["zero"] == stage
-    assert largest_difference(one, layout("sd")) > 1e-4
-    assert largest_difference(one, two) < 1e-5
+    # The error is measured against the update: rounding in a few elements of small gradient, which
+    # Adam magnifies, is not a difference of the update; a wrong mean over ranks would be all of it.
+    assert relative_difference(one, two, start=layout("sd")) < 1e-3
 
 
 def test_the_passthrough_autoencoder_hands_pixels_through() -> None:
