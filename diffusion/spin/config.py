@@ -127,7 +127,8 @@ class ImageEvaluateConfig:
     """Images a caption."""
     scorers: tuple[str, ...] = ("classifier",)
     """"classifier" (trained on the real images; for small sets of captions), "clip", "pickscore",
-    "aesthetic", with a path or hub id behind a colon where one is needed, or module:function."""
+    "aesthetic", "hpsv2", "imagereward", with a path or hub id behind a colon where one is needed,
+    or module:function."""
     level: float = 0.95
     """Of the bootstrap intervals, which resample captions' images."""
 

@@ -151,7 +151,24 @@ _DEFAULTS = {
     "clip": "openai/clip-vit-large-patch14",
     "pickscore": "yuvalkirstain/PickScore_v1",
     "aesthetic": "",
+    "hpsv2": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "imagereward": "google-bert/bert-base-uncased",
 }
+"""What is loaded where nothing else is named; of the last two, beside their checkpoint."""
+
+
+def _preference_model(kind: str, path: str) -> Scorer:
+    from sparring.diffusion.spin import preference_models
+
+    checkpoint, _, beside = path.partition("|")
+    make = {
+        "hpsv2": preference_models.hpsv2,
+        "imagereward": preference_models.image_reward,
+    }[kind]
+    try:
+        return make(Path(checkpoint), beside or _DEFAULTS[kind])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loaded(kind, path, error) from None
 
 
 def build_scorer(name: str, real: Real) -> Scorer:
@@ -171,6 +188,8 @@ def build_scorer(name: str, real: Real) -> Scorer:
         return Clip(kind, path or _DEFAULTS[kind])
     if kind == "aesthetic":
         return Aesthetic(path)
+    if kind in ("hpsv2", "imagereward"):
+        return _preference_model(kind, path)
     if not path:
         known = ", ".join(["classifier", *_DEFAULTS])
         raise SparringError(f"scorer {name!r} is none of {known}, and no module:function")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,20 @@ class Redness:
 
 def redness(real: Any) -> Redness:
     return Redness()
+
+
+def clip_folder(folder: Path) -> Path:
+    """A random CLIP with processor, as PickScore is published."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    words = tokenizer(WORDS)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = {**size, "num_attention_heads": 2, "vocab_size": len(words), "bos_token_id": 0,
+            "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 16}  # fmt: skip
+    vision = {**size, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+    CLIPProcessor(image_processor=processor, tokenizer=words).save_pretrained(folder)
+    return folder

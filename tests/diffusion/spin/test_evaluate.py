@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_images import squares
+from tiny_images import clip_folder, squares
 
 from sparring.diffusion.spin import evaluate
 from sparring.diffusion.spin.config import ImageEvaluateConfig
@@ -66,25 +66,6 @@ def test_the_classifier_knows_the_captions() -> None:
     assert np.mean(scorer.score(images, captions)) > np.mean(scorer.score(images, wrong)) + 1
     with pytest.raises(SparringError, match="at least two captions with several images each"):
         build_scorer("classifier", [(image, f"caption {n}") for n, (image, _) in enumerate(REAL)])
-
-
-def clip_folder(folder: Path) -> Path:
-    """A random CLIP with processor, as PickScore is published."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-
-    from sparring.diffusion.spin.small import tokenizer
-
-    words = tokenizer([caption for _, caption in REAL])
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    text = {**size, "num_attention_heads": 2, "vocab_size": len(words), "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 16}  # fmt: skip
-    vision = {**size, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
-    CLIPProcessor(image_processor=processor, tokenizer=words).save_pretrained(folder)
-    return folder
 
 
 def test_clip_and_pickscore_are_scaled_cosines(tmp_path: Path) -> None:
