@@ -56,10 +56,12 @@ def line_chart(
     caption: str,
     bands: bool = False,
     log: bool = False,
+    marked: bool = False,
 ) -> Chart:
     """Draw lines as SVG; intervals become error bars, or bands where points are many.
 
-    With `log` the vertical axis is logarithmic.
+    With `log` the vertical axis is logarithmic; with `marked` every point has a dot, and the
+    horizontal axis, of costs, is logarithmic.
     """
     import matplotlib as mpl
     from markupsafe import Markup
@@ -82,7 +84,10 @@ def line_chart(
                     one.x, one.y, yerr=[below, above], marker="o", capsize=3, label=one.name
                 )
             else:
-                axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
+                dot = "o" if marked else None
+                axes.plot(one.x, one.y, linewidth=1.2, label=one.name, marker=dot)
+        if marked:
+            axes.set_xscale("log")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log:
@@ -90,7 +95,7 @@ def line_chart(
             # An interval of few seeds may span more decades than all the curves.
             values = [y for one in series for y in one.y]
             axes.set_ylim(min(values) / 10, max(values) * 10)
-        if all(float(x).is_integer() for one in series for x in one.x):
+        if not marked and all(float(x).is_integer() for one in series for x in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(5 if bands else 10, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -20,8 +20,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from sparring.diffusion.dndm.results import cells, found
 from sparring.launch import runs
 from sparring.launch.config import plain
 from sparring.launch.progress import Reporter
+from sparring.launch.report import Series, line_chart
 
 TOKENS = 32
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +147,28 @@ def grid() -> tuple[SamplerConfig, ...]:
     return tuple(listed)
 
 
+def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, noise: str) -> list[str]:
+    """Drawings of symbol error against calls and against seconds, a line a sampler over its T."""
+    families: dict[str, list[dict[str, float]]] = {}
+    for name, figures in measured.items():
+        mean = {key: sum(one[key] for one in figures) / len(figures) for key in figures[0]}
+        families.setdefault(re.sub(r"-T=[^-]*", "", name), []).append(mean)
+    paths = []
+    for cost, label in (("nfe", "network calls a batch"), ("seconds", "seconds a batch")):
+        series = []
+        for name, points in families.items():
+            points.sort(key=lambda point: point[cost])
+            x = [point[cost] for point in points]
+            series.append(Series(name, x, [point["symbol_error"] for point in points]))
+        chart = line_chart(
+            series, x_label=label, y_label="symbol error rate", caption=noise, marked=True
+        )
+        path = out / f"{noise}-{cost}.svg"
+        path.write_text(str(chart.svg), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
 def full(out: Path, *, seeds: int, steps: int) -> dict[str, Any]:
     """Train and sample; a table for each noise."""
     _, recipe = runs.load_recipe(ROOT / "recipes" / "dndm-g2p.toml")
@@ -166,7 +190,7 @@ def full(out: Path, *, seeds: int, steps: int) -> dict[str, Any]:
             for name, figures in found(chosen, folder).items():
                 measured.setdefault(name, []).extend(figures)
         results[noise] = measured
-        print(noise)
+        print(noise, *plots(measured, out, noise))
         for line in cells(measured):
             print("  " + " | ".join(line))
     return {"recipe": plain(recipe.train), "figures": results}
