@@ -35,6 +35,13 @@ STAGE_COMMANDS = (
     "train-text-diffusion",
     "sample-text-diffusion",
     "evaluate-text-diffusion",
+    "conf-md",
+    "conf-structures",
+    "conf-label",
+    "conf-train",
+    "conf-guide",
+    "conf-sample",
+    "conf-evaluate",
 )
 
 COMMANDS = {
@@ -61,15 +68,37 @@ COMMANDS = {
     "train-text-diffusion": "train a network that undoes the noising of text",
     "sample-text-diffusion": "sample texts by a named sampler",
     "evaluate-text-diffusion": "measure sampled texts against held-out ones",
+    "conf-md": "simulate a peptide with OpenMM",
+    "conf-structures": "read PDB files and trajectories as training data",
+    "conf-label": "compute energies and forces of structures",
+    "conf-train": "train a diffusion model of conformations",
+    "conf-guide": "train a network of energy or force that guides it",
+    "conf-sample": "sample conformations of a sequence",
+    "conf-evaluate": "measure an ensemble against a reference",
     "report": "write a run's report again",
     "recipes": "list algorithms and recipes",
     "doctor": "say which stages can run here, and why not",
 }
 
 
+_FAMILY = "conf"  # commands that are two words: `sparring conf md`
+
+
+def spoken(command: str) -> str:
+    """A command as it is typed."""
+    return command.replace("-", " ", 1) if command.startswith(f"{_FAMILY}-") else command
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a command of two words made one."""
+    if arguments[:1] == [_FAMILY]:
+        return ["-".join(arguments[:2]), *arguments[2:]]
+    return list(arguments)
+
+
 def usage() -> str:
     """The text of ``sparring --help``."""
-    lines = [f"  {name:<24} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {spoken(name):<24} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sparring COMMAND [options] [--json]",
@@ -223,7 +252,7 @@ def _stage_options(command: str, arguments: Sequence[str]) -> tuple[Any, Any, An
     options = parse(
         dataclasses.make_dataclass("Options", required + optional, frozen=True),
         list(arguments),
-        prog=f"sparring {command}",
+        prog=f"sparring {spoken(command)}",
         description=f"{stage.summary}. The result is a folder; running again resumes.",
     )
     return pipeline, stage, options
@@ -353,13 +382,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         print(__version__)
         return 0
-    command, *rest = arguments
+    command, *rest = joined(arguments)
     if command not in _HANDLERS:
         import difflib
 
         near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"unknown command {command!r}{hint} (sparring --help lists all)")
+        hint = f"; did you mean {spoken(near[0])!r}?" if near else ""
+        raise UsageError(f"unknown command {spoken(command)!r}{hint} (sparring --help lists all)")
     plain = [word for word in rest if word not in ("--json", "--changed")]
     as_json, changed = "--json" in rest, "--changed" in rest
     call = _Invocation(command, plain, as_json, changed, sys.stdout)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparring.launch.errors import Stopped
+from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.metrics import MetricsFile
 from sparring.launch.processes import World
 from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context
+from sparring.launch.training import TrainingConfig
 
 
 @dataclass
@@ -67,6 +68,61 @@ def optimise(
     if metrics:
         (output / "metrics.jsonl").write_text(kept.read_text())
     return found
+
+
+def descend(
+    sharding: Sharding,
+    plan: Sequence[Sequence[int]],
+    gradients: Callable[[int, Sequence[int]], dict[str, float]],
+    means: Callable[[dict[str, float]], dict[str, float]],
+    *,
+    config: TrainingConfig,
+    rate: Callable[[int], float],
+    context: Context,
+    output: Path,
+    totals: tuple[str, ...] = (),
+) -> Optimised:
+    """Make an optimizer step for each batch of a plan.
+
+    Args:
+        plan: row numbers of every step's global batch.
+        gradients: accumulates the gradient of step number n's rows (see `accumulate`); returns this
+            rank's sums of figures.
+        means: what sums over all ranks become in ``metrics.jsonl``; "loss" must be among it.
+        config: for its checkpoints and its optimizer, whose exact mode needs two gradients a step.
+        rate: learning rate of a step.
+        totals: as for `optimise`.
+
+    Raises:
+        SparringError: the loss is no longer finite.
+        Stopped: asked to stop; a checkpoint was made.
+    """
+    exact = config.optimizer.exact
+
+    def owed(number: int, rows: Sequence[int]) -> None:
+        # MARS's exact mode corrects by these rows' gradient at the weights before the update.
+        gradients(number, rows)
+        sharding.step()
+
+    def step(number: int) -> dict[str, float]:
+        lr, rows = rate(number), plan[number]
+        sharding.set_lr(lr)
+        if exact and number:
+            owed(number, rows)
+        sums = gradients(number, rows)
+        norm = sharding.take_moments() if exact else sharding.step()
+        figures = means(dict(zip(sums, sharding.sum(list(sums.values())), strict=True)))
+        if not math.isfinite(figures["loss"]):
+            raise SparringError(f"the loss became {figures['loss']}; lower train.lr or train.clip")
+        return {**figures, "lr": lr, "grad_norm": norm}
+
+    steps = len(plan)
+    done = optimise(
+        sharding, steps, step, context, output, save_every=config.save_every, totals=totals
+    )
+    if exact:
+        owed(steps - 1, plan[-1])
+    return done
 
 
 def accumulate(

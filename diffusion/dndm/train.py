@@ -26,7 +26,7 @@ from sparring.diffusion.dndm.stages import TrainTextStage
 from sparring.diffusion.dndm.vocabulary import Vocabularies
 from sparring.launch.config import plain, resolved
 from sparring.launch.errors import SparringError
-from sparring.launch.optimisation import accumulate, micro_batches, optimise
+from sparring.launch.optimisation import accumulate, descend, micro_batches
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
@@ -150,32 +150,18 @@ class TextTrainer:
         )
         self.network = self.sharding.prepare(network.train(), optimizer)
 
-    def step(self, number: int, rows: Sequence[int], *, pending: bool) -> dict[str, float]:
-        """One optimizer step over a global batch; its figures are means over it."""
-        lr = rate(self.settings, number)
-        self.sharding.set_lr(lr)
-        exact = self.settings.optimizer.exact
-        if exact and pending:
-            self.finish(number, rows)
-        totals = self._gradients(number, rows)
-        norm = self.sharding.take_moments() if exact else self.sharding.step()
-        found = dict(zip(totals, self.sharding.sum(list(totals.values())), strict=True))
+    def means(self, found: dict[str, float]) -> dict[str, float]:
+        """Figures of a step from their sums over its global batch."""
         figures = {
             "loss": found["loss"] / found["rows"],
             "cross_entropy": found["nats"] / max(found["noisy"], 1),
         }
         if "length_right" in found:
             figures["length_accuracy"] = found["length_right"] / found["rows"]
-        if not math.isfinite(figures["loss"]):
-            raise SparringError(f"the loss became {figures['loss']}; lower train.lr")
-        return {**figures, "lr": lr, "grad_norm": norm}
+        return figures
 
-    def finish(self, number: int, rows: Sequence[int]) -> None:
-        """Make the update that MARS's exact mode owes."""
-        self._gradients(number, rows)
-        self.sharding.step()
-
-    def _gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+    def gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+        """Accumulate the gradient of a global batch; returns this rank's sums of figures."""
         # Nats a token of the whole batch: a row counts by its tokens, whoever it is computed with.
         per_row = sum(len(self.data.targets[row]) for row in rows) / len(rows)
         return accumulate(
@@ -262,14 +248,16 @@ def run(
     plan = batches(len(data), settings.batch, settings.steps, context.seed)
     trainer = TextTrainer(settings, data, inputs.get("model"), context)
 
-    def step(number: int) -> dict[str, float]:
-        return trainer.step(number, plan[number], pending=number > 0)
-
-    done = optimise(
-        trainer.sharding, settings.steps, step, context, output, save_every=settings.save_every
+    done = descend(
+        trainer.sharding,
+        plan,
+        trainer.gradients,
+        trainer.means,
+        config=settings,
+        rate=lambda number: rate(settings, number),
+        context=context,
+        output=output,
     )
-    if settings.optimizer.exact:
-        trainer.finish(settings.steps - 1, plan[-1])
     trainer.save(output)
     trainer.sharding.close()
     return {

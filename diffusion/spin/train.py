@@ -6,7 +6,6 @@ Shapes: B pairs, C, H, W latents. The network sees winners and losers of a batch
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +30,7 @@ from sparring.diffusion.spin.stages import TrainImagesStage
 from sparring.launch.config import resolved
 from sparring.launch.errors import SparringError
 from sparring.launch.lora import adapters_off, add_lora, merge_lora
-from sparring.launch.optimisation import accumulate, micro_batches, optimise
+from sparring.launch.optimisation import accumulate, descend, micro_batches
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
@@ -109,31 +108,16 @@ class ImageTrainer:
             frozen.requires_grad_(False)
             self.opponent = frozen.eval().to(self.sharding.device)
 
-    def step(
-        self, number: int, rows: Sequence[int], lr: float, *, pending: bool
-    ) -> dict[str, float]:
-        """One optimizer step over a global batch; its figures are means over its pairs."""
-        self.sharding.set_lr(lr)
-        exact = self.config.optimizer.exact
-        if exact and pending:
-            self.finish(number, rows)
-        totals = self._gradients(number, rows)
-        norm = self.sharding.take_moments() if exact else self.sharding.step()
-        summed = dict(zip(totals, self.sharding.sum(list(totals.values())), strict=True))
-        count = summed.pop("pairs")
-        means = {name: value / count for name, value in summed.items()}
-        if not math.isfinite(means["loss"]):
-            raise SparringError(f"the loss became {means['loss']}; lower train.lr or train.beta")
-        if "opponent_winner" in means:
-            means["displacement"] = means["winner"] - means["opponent_winner"]
-        return {**means, "lr": lr, "grad_norm": norm}
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures of a step, means over its pairs, from their sums."""
+        count = sums.pop("pairs")
+        found = {name: value / count for name, value in sums.items()}
+        if "opponent_winner" in found:
+            found["displacement"] = found["winner"] - found["opponent_winner"]
+        return found
 
-    def finish(self, number: int, rows: Sequence[int]) -> None:
-        """Make the update that MARS's exact mode owes; any rows do after the last batch."""
-        self._gradients(number, rows)
-        self.sharding.step()
-
-    def _gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+    def gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+        """Accumulate the gradient of a global batch; returns this rank's sums of figures."""
         return accumulate(
             self.sharding,
             rows,
@@ -240,15 +224,16 @@ def run(
     torch.manual_seed(derive(context.seed, "torch"))
     trainer = ImageTrainer(config, inputs["model"], inputs.get("opponent"), pairs, context)
 
-    def step(number: int) -> dict[str, float]:
-        lr = learning_rate(config, number, config.steps)
-        return trainer.step(number, plan[number], lr, pending=number > 0)
-
-    done = optimise(
-        trainer.sharding, config.steps, step, context, output, save_every=config.save_every
+    done = descend(
+        trainer.sharding,
+        plan,
+        trainer.gradients,
+        trainer.means,
+        config=config,
+        rate=lambda number: learning_rate(config, number, config.steps),
+        context=context,
+        output=output,
     )
-    if config.optimizer.exact:
-        trainer.finish(config.steps - 1, plan[-1])
     _save(trainer, inputs["model"], output)
     trainer.sharding.close()
     return {

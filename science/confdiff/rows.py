@@ -31,3 +31,7 @@ class Conformation:
     forces: bytes | None = None
     """float32 (N, 6): force on each residue as a rigid body, kJ/mol/nm, and torque about its CA,
     kJ/mol, both in the laboratory's axes and both -dE (physics.py)."""
+    log_weight: float | None = None
+    """Of a sample that is weighed; None: 0."""
+    attempts: int | None = None
+    """Of a sample: how often it was drawn until it passed."""

@@ -42,7 +42,7 @@ COMMANDS = [
 
 def check(words: list[str], out: Path) -> None:
     """Parse a command as `sparring` would, without doing what it asks for."""
-    command, *rest = words
+    command, *rest = cli.joined(words)
     rest = [word for word in rest if word != "--json"]
     if command.startswith("--"):
         assert command in ("--help", "--version")
@@ -63,7 +63,7 @@ def check(words: list[str], out: Path) -> None:
 
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 30
-    stages = {param.values[0][0] for param in COMMANDS}
+    stages = {cli.joined(param.values[0])[0] for param in COMMANDS}
     assert {*cli.STAGE_COMMANDS, "run", "plan", "demo", "report", "doctor"} <= stages
 
 

@@ -1,0 +1,119 @@
+"""Losses of what turns q_0, the base model, into p_0 ~ q_0 e^(-k E): pure functions, unreduced.
+
+With E_t(x_t) = -log E[e^(-k E(x_0)) | x_t], log p_t = log q_t - E_t + const. Two estimators that
+agree (tests/science/confdiff/test_losses.py):
+
+    contrastive energy prediction   fits E_t   (Lu et al., arXiv 2304.12824; ConfDiff's Energy)
+    weighted score matching         fits F_t = grad E_t (as in arXiv 2503.04975; ConfDiff's Force
+                                    has the same target, by importance sampling in a batch)
+
+Weights e^(-k E) may be large, so callers divide them by their mean over the *data set*: a constant,
+which moves no minimum. Dividing by the mean of a batch does.
+
+Shape legend: B samples, G groups, K samples of a group, N residues.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparring.science.confdiff.losses import masked_mean, tangent_loss
+from sparring.science.confdiff.process import Process
+from sparring.science.confdiff.tangent import Tangent
+
+
+def boltzmann_weights(energies: Tensor) -> Tensor:
+    """e^(-k E) over its mean over the data set, without overflow.
+
+    Args:
+        energies: (D,) k E of all of the data, without unit: U (1 / (R T_low) - 1 / (R T_high)) to
+            go from one temperature to another.
+
+    Returns:
+        (D,) float64 with mean 1.
+
+    Raises:
+        ValueError: an energy that is not finite.
+    """
+    if not bool(energies.isfinite().all()):
+        bad = int((~energies.isfinite()).sum())
+        raise ValueError(f"{bad} of {len(energies)} energies are not finite; leave these rows out")
+    shares: Tensor = (-energies.double()).softmax(0) * len(energies)
+    return shares
+
+
+def contrastive_energy_loss(energies: Tensor, weights: Tensor) -> Tensor:
+    """L_CEP = - sum_i w_i log(e^(-f_i) / sum_j e^(-f_j)) / K, at its least if f = E_t + const.
+
+    That holds for each K >= 2 if weights are those of the data set: given the K noisy samples,
+    w_i has the mean e^(-E_t(x_i)). The authors divide by the batch's sum, which is right for large
+    K alone.
+
+    Args:
+        energies: (G, K) f(x_t, t); a group's samples share their chain and t.
+        weights: (G, K) e^(-k E(x_0)), over its mean over the data set.
+
+    Returns:
+        (G,) nats.
+
+    Raises:
+        ValueError: a group of one, from which there is nothing to learn.
+    """
+    if energies.shape[-1] < 2:
+        raise ValueError("a group needs two samples or more, of one chain and with one t")
+    log_share = (-energies).log_softmax(-1)
+    return -(weights.to(log_share) * log_share).mean(-1)
+
+
+def force_loss(
+    force: Tangent,
+    base_score: Tangent,
+    conditional_score: Tangent,
+    weights: Tensor,
+    t: Tensor,
+    mask: Tensor,
+    process: Process,
+) -> Tensor:
+    """w |s_q(x_t) - grad log q(x_t | x_0) - h|^2, in units of the scores; least if h = F_t.
+
+    For then h is the mean of s_q - grad log q(x_t | x_0) over p(x_0 | x_t) ~ q(x_0 | x_t) w(x_0):
+    s_q - s_p. Sums over both translations and rotations.
+
+    Args:
+        force: (B, N, 3) h, 1/nm and 1/rad.
+        base_score: (B, N, 3) s_q(x_t), of the trained base model, without gradient.
+        conditional_score: (B, N, 3) `Process.score_given`.
+        weights: (B,) e^(-k E(x_0)), over its mean over the data set.
+        t: (B,).
+        mask: (B, N) bool.
+        process: whose scales.
+
+    Returns:
+        (B,)
+    """
+    target = base_score.plus(conditional_score, -1.0)
+    square = tangent_loss(force, target, t, mask, process)
+    return weights.to(square) * square
+
+
+def force_anchor_loss(force: Tangent, target: Tangent, mask: Tensor, weights: Tensor) -> Tensor:
+    """w mean_i |F_0 - target|^2 at t = 0, where F_0 = grad (k E): ConfDiff's anchor by MD's forces.
+
+    A target for one structure is -k f, for MD's f = -grad U (mind the sign) as force and torque
+    on rigid residues. Its mean over structures with the same frames is F_0 to first order in k; the
+    exact F_0 = b_high E[f | x] - b_low E[w f | x] / E[w | x], b = 1 / RT, needs both means. So give
+    this a low weight, or none: :func:`force_loss` alone is exact.
+
+    Args:
+        force: (B, N, 3) F_0, 1/nm and 1/rad.
+        target: (B, N, 3) in the same units, torques along the body's axes.
+        mask: (B, N) bool.
+        weights: (B,); ones for the mean over q_0.
+
+    Returns:
+        (B,) 1/nm^2 plus 1/rad^2.
+    """
+    apart = force.plus(target, -1.0)
+    square = apart.translation.square().sum(-1) + apart.rotation.square().sum(-1)
+    mean = masked_mean(square, mask)
+    return weights.to(mean) * mean

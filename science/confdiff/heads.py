@@ -1,0 +1,200 @@
+"""Networks for what turns the base model's q_t into p_t: the energy E_t, or its gradient F_t.
+
+ConfDiff (arXiv 2403.14088, §3.3) reads both from a trunk that starts as the base model's. Unlike in
+the authors' code, forces are R_i v_i with v_i invariant, so that they turn with the frames and stay
+as they are when all frames move; they keep their length; and there is a torque for each rotation.
+
+Shape legend: B samples, N residues, C width of nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from sparring.launch.errors import SparringError
+from sparring.science.confdiff.attention import Mlp
+from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork, FrameModel
+from sparring.science.confdiff.sizes import NetworkSize
+from sparring.science.confdiff.trunk import Mixer
+
+
+class Head(nn.Module):
+    """Blocks of attention at the frames of x_t, then one map for each residue.
+
+    Args:
+        size: of the trunk.
+        blocks: how many; without any, a trunk that is not trained could not tell directions.
+        outputs: width.
+    """
+
+    def __init__(self, size: NetworkSize, blocks: int, outputs: int) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Mixer(size) for _ in range(blocks))
+        self.norm = nn.LayerNorm(size.node)
+        self.out = Mlp(size.node, size.node, outputs, 0.1)
+
+    def forward(
+        self,
+        node: Tensor,
+        edge: Tensor,
+        rotations: Tensor,
+        translations: Tensor,
+        mask: Tensor,
+        initial: Tensor,
+    ) -> Tensor:
+        """(B, N, outputs), 0 where masked."""
+        for mixer in self.mixers:
+            node = mixer(node, edge, rotations, translations, mask, initial)
+        found: Tensor = self.out(self.norm(node)) * mask[..., None]
+        return found
+
+
+class GuidanceModel(FrameModel):
+    """A trunk that may stay as the base model's, and heads."""
+
+    def __init__(self, config: ConformationConfig) -> None:
+        super().__init__(config)
+        self.trunk = config.trunk(moves=False)
+
+    @classmethod
+    def from_base(
+        cls, base: ConformationNetwork, *, head_blocks: int = 1, train_trunk: bool = True
+    ) -> Self:
+        """A network with the trunk of a base model, and new heads.
+
+        Args:
+            base: the trained model; the guided one, so that features mean the same.
+            head_blocks: blocks of attention in each head.
+            train_trunk: go on training the trunk; the authors do not.
+
+        Raises:
+            SparringError: the base model's trunk is not that of its configuration.
+        """
+        config = ConformationConfig(
+            **{
+                name: getattr(base.config, name)
+                for name in ("size", "sequence", "node_dim", "edge_dim", "process")
+            },
+            head_blocks=head_blocks,
+            train_trunk=train_trunk,
+        )
+        made = cls(config)
+        # The last block's frame update has no place here: heads read features at x_t's own frames.
+        wanted = made.trunk.state_dict()
+        given = {k: v for k, v in base.trunk.state_dict().items() if k in wanted}
+        if missing := sorted(set(wanted) - set(given)):
+            raise SparringError(f"the base model's trunk has no {missing[0]}; train it anew")
+        made.trunk.load_state_dict(given)
+        made.to(base.dtype)
+        return made
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which forgets what is not to be trained."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).freeze()
+        return found
+
+    def freeze(self) -> None:
+        """Take the trunk out of training if the configuration says so."""
+        if not self.config.train_trunk:
+            self.trunk.requires_grad_(False)
+
+
+class EnergyNetwork(GuidanceModel):
+    """E_t(x_t) up to a constant of t and chain, without unit; it changes under no motion of all.
+
+    A sum over residues, not the authors' mean: energies of parts add up, so that one network is
+    right for short and long chains.
+    """
+
+    def __init__(self, config: ConformationConfig) -> None:
+        super().__init__(config)
+        self.energy = Head(config.shape, config.head_blocks, 1)
+        self.post_init()
+        self.freeze()
+
+    def forward(
+        self,
+        rotations: Tensor,
+        translations: Tensor,
+        t: Tensor,
+        *,
+        mask: Tensor,
+        index: Tensor,
+        aatype: Tensor | None = None,
+        node: Tensor | None = None,
+        edge: Tensor | None = None,
+    ) -> Tensor:
+        """(B,); arguments as those of `ConformationNetwork.forward`."""
+        exact = torch.promote_types(self.dtype, torch.float32)
+        nodes, pairs, _, _, initial = self.features(
+            rotations, translations, t, mask, index, aatype, node, edge
+        )
+        places = (rotations.to(exact), translations.to(exact))
+        found: Tensor = self.energy(nodes, pairs, *places, mask, initial)
+        return found.to(exact).sum((-1, -2))
+
+
+@dataclass
+class Forces(ModelOutput):  # type: ignore[misc]
+    """What `ForceNetwork` returns."""
+
+    translation: Tensor | None = None
+    """(B, N, 3) 1/nm of F_t along the laboratory's axes."""
+    rotation: Tensor | None = None
+    """(B, N, 3) 1/rad of F_t along each body's axes."""
+    translation_0: Tensor | None = None
+    """(B, N, 3) 1/nm of the head F_0."""
+    rotation_0: Tensor | None = None
+    """(B, N, 3) 1/rad of the head F_0."""
+
+
+class ForceNetwork(GuidanceModel):
+    """F_t = grad E_t as (1 - t) F_0 + t (1 - t) F_1, with F_0 = grad (k E) at t = 0, and 0 at 1.
+
+    ConfDiff's form, but signed as the gradient of the energy: guidance takes it away from the
+    score, so that MD's force, minus a gradient, would be its negative.
+    """
+
+    def __init__(self, config: ConformationConfig) -> None:
+        super().__init__(config)
+        self.first = Head(config.shape, config.head_blocks, 6)
+        self.later = Head(config.shape, config.head_blocks, 6)
+        self.post_init()
+        self.freeze()
+
+    def forward(
+        self,
+        rotations: Tensor,
+        translations: Tensor,
+        t: Tensor,
+        *,
+        mask: Tensor,
+        index: Tensor,
+        aatype: Tensor | None = None,
+        node: Tensor | None = None,
+        edge: Tensor | None = None,
+    ) -> Forces:
+        """Arguments as those of `ConformationNetwork.forward`."""
+        exact = torch.promote_types(self.dtype, torch.float32)
+        nodes, pairs, _, _, initial = self.features(
+            rotations, translations, t, mask, index, aatype, node, edge
+        )
+        rotations, translations = rotations.to(exact), translations.to(exact)
+        inputs = (nodes, pairs, rotations, translations, mask, initial)
+        first, later = (head(*inputs).to(exact) for head in (self.first, self.later))
+        time = t.to(exact)[:, None, None]
+        force, torque = ((1 - time) * first + time * (1 - time) * later).chunk(2, -1)
+        force_0, torque_0 = first.chunk(2, -1)
+        return Forces(
+            translation=torch.einsum("bnij,bnj->bni", rotations, force),
+            rotation=torque,
+            translation_0=torch.einsum("bnij,bnj->bni", rotations, force_0),
+            rotation_0=torque_0,
+        )

@@ -1,0 +1,224 @@
+"""What a run found: figures by ensemble, and pictures, for the terminal and the browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparring.launch import artifacts
+from sparring.launch.comparison import interval
+from sparring.launch.config import plain
+from sparring.launch.metrics import read_metrics
+from sparring.launch.report import Chart, Section, Series, line_chart, write_page
+from sparring.science.confdiff.config import ConformationRecipe
+from sparring.science.confdiff.stages import EVALUATE
+
+Array = npt.NDArray[np.float64]
+PANELS = "panels.npz"
+_SHOWN = (
+    "js_pwd",
+    "js_rg",
+    "js_tic",
+    "js_phi_psi",
+    "val_clash",
+    "val_break",
+    "energy",
+    "energy_std",
+    "ess",
+    "structures",
+)
+"""Columns of the table; all figures are in each evaluation's manifest."""
+
+
+def folders(recipe: ConformationRecipe, run: Path) -> dict[str, list[Path]]:
+    """Finished evaluations by ensemble, in the table's order."""
+    found = {
+        f"MD {recipe.md.temperature:g} K": [run / "source" / EVALUATE.name],
+        f"MD {recipe.md.temperature:g} K reweighted": [run / "reweighted" / EVALUATE.name],
+    }
+    for arm in recipe.arms:
+        seeds = range(recipe.seeds)
+        found[arm.name] = [run / arm.name / f"seed{n}" / EVALUATE.name for n in seeds]
+    kept = {name: [p for p in paths if artifacts.read(p)] for name, paths in found.items()}
+    return {name: paths for name, paths in kept.items() if paths}
+
+
+def figures(paths: Sequence[Path]) -> list[dict[str, float]]:
+    """Figures of evaluations."""
+    found = []
+    for path in paths:
+        artifact = artifacts.read(path)
+        assert artifact
+        found.append({k: float(v) for k, v in artifact.figures.items()})
+    return found
+
+
+def _floor(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
+    """What a half of the reference scores against the other half."""
+    first = next(iter(rows.values()))[0]
+    return {k.removesuffix("_floor"): v for k, v in first.items() if k.endswith("_floor")}
+
+
+def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
+    """A heading line, then a line an ensemble: means over seeds with 95 % t-intervals."""
+    rows = {name: figures(paths) for name, paths in folders(recipe, run).items()}
+    if not rows:
+        return []
+    names = [n for n in _SHOWN if any(n in one for runs in rows.values() for one in runs)]
+    rows = {f"MD {recipe.target:g} K, half against half": [_floor(rows)], **rows}
+    lines = [["ensemble", *(name.replace("_", " ") for name in names), "seeds"]]
+    for name, runs in rows.items():
+        values = []
+        for column in names:
+            some = [one[column] for one in runs if column in one]
+            if not some:
+                values.append("")
+                continue
+            mean, low, high = interval(some)
+            values.append(f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else ""))
+        lines.append([name, *values, str(len(runs))])
+    return lines
+
+
+def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
+    """Figures by ensemble and seed, and the table as text."""
+    lines = cells(recipe, run)
+    if not lines:
+        return {"ensembles": {}, "table": "nothing was evaluated yet"}
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    text.append(f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83")
+    found = {name: figures(paths) for name, paths in folders(recipe, run).items()}
+    return {"ensembles": found, "table": "\n".join(line.rstrip() for line in text)}
+
+
+def _panels(path: Path) -> dict[str, Array]:
+    with np.load(path / PANELS, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
+
+
+def _density(values: Array, weights: Array, edges: Array) -> list[float]:
+    height, _ = np.histogram(values, bins=edges, weights=weights, density=True)
+    return [float(h) for h in height]
+
+
+def _distribution(panels: Mapping[str, dict[str, Array]], key: str, label: str) -> Chart | None:
+    """One line an ensemble: the density of a quantity."""
+    given = {name: p for name, p in panels.items() if len(p[key])}
+    if not given:
+        return None
+    everything = np.concatenate([p[key] for p in given.values()])
+    low, high = (float(q) for q in np.quantile(everything, (0.002, 0.998)))
+    edges = np.linspace(low, high, 41)
+    middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
+    series = []
+    for name, p in given.items():
+        weights = p["weights"] if key != "energy" else p["energy_weights"]
+        series.append(Series(name, middle, _density(p[key], weights, edges)))
+    return line_chart(series, x_label=label, y_label="density", caption=f"{label}; density")
+
+
+def _grid(panels: Mapping[str, dict[str, Array]], keys: tuple[str, str], caption: str) -> Chart:
+    """Free energy over two quantities, a panel an ensemble, on common axes."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    from sparring.launch.report import png
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3 * columns, 2.8 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    if keys == ("phi", "psi"):
+        edges = [np.linspace(-180, 180, 49)] * 2
+    else:
+        reference = next(iter(panels.values()))
+        edges = [np.linspace(reference[k].min(), reference[k].max(), 49) for k in keys]
+    for ax, (name, p) in zip(axes, panels.items(), strict=False):
+        repeats = len(p[keys[0]]) // max(len(p["weights"]), 1)
+        weights = np.repeat(p["weights"], repeats)
+        height, *_ = np.histogram2d(p[keys[0]], p[keys[1]], bins=edges, weights=weights)
+        with np.errstate(divide="ignore"):
+            energy = -np.log(height.T / height.sum())
+        energy -= energy[np.isfinite(energy)].min() if np.isfinite(energy).any() else 0
+        ax.pcolormesh(*edges, energy, vmin=0, vmax=7, cmap="viridis_r")
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel(keys[0])
+        ax.set_ylabel(keys[1])
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return png(buffer.getvalue(), caption=caption)
+
+
+def _pictures(recipe: ConformationRecipe, run: Path) -> list[Section]:
+    found = folders(recipe, run)
+    if not found:
+        return []
+    panels = {name: _panels(paths[0]) for name, paths in found.items()}
+    first = _panels(next(iter(found.values()))[0])
+    reference = {
+        key.removeprefix("reference_"): v for key, v in first.items() if "reference_" in key
+    }
+    panels = {f"MD {recipe.target:g} K": reference, **panels}
+    lines = [
+        _distribution(panels, "energy", "energy after relaxation of hydrogens, kJ/mol"),
+        _distribution(panels, "rg", "radius of gyration of CA, nm"),
+    ]
+    maps = [
+        _grid(panels, ("phi", "psi"), "-log p of phi and psi of all residues, in RT, degrees"),
+        _grid(panels, ("tic1", "tic2"), "-log p of the first two TICs of the reference, in RT"),
+    ]
+    return [
+        Section("Distributions", charts=[chart for chart in lines if chart]),
+        Section("Free energies", note="Seed 0; white: not visited.", charts=maps),
+    ]
+
+
+def _training(recipe: ConformationRecipe, run: Path) -> Section:
+    charts = []
+    for name in ("base", "unconditional", "energy", "force"):
+        path = run / "seed0" / name / "metrics.jsonl"
+        metrics = read_metrics(path) if path.is_file() else []
+        if metrics:
+            steps, loss = [m["step"] for m in metrics], [m["loss"] for m in metrics]
+            label = f"loss of {name}"
+            charts.append(
+                line_chart(
+                    [Series(name, steps, loss)],
+                    x_label="optimizer step",
+                    y_label=label,
+                    caption=label,
+                )
+            )
+    return Section("Training", charts=charts)
+
+
+def write_report(recipe: ConformationRecipe, run: Path) -> Path:
+    """Write ``report.html`` into the run."""
+    sections = []
+    lines = cells(recipe, run)
+    if lines:
+        heading, *rest = lines
+        note = (
+            f"Against MD at {recipe.target:g} K, on which nothing was trained. Means over seeds "
+            "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83); energies in kJ/mol "
+            "after relaxation of hydrogens, the same for all; ess: share of effective samples."
+        )
+        sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
+    sections += [*_pictures(recipe, run), _training(recipe, run)]
+    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
+    sections.append(Section("Recipe", code=json.dumps(shown, indent=2)))
+    lead = (
+        f"Conformations of {recipe.md.sequence}: a diffusion model of MD at "
+        f"{recipe.md.temperature:g} K, guided to {recipe.target:g} K; seed {recipe.seed}"
+    )
+    return write_page(run / "report.html", title=recipe.name, lead=lead, sections=sections)

@@ -1,0 +1,340 @@
+"""Stage `conf-sample`: conformations of one sequence, in shards.
+
+Sample i depends on (seed, i) alone, apart from resampling (correction = "smc"), which is within a
+batch. Frames are float64 on the way.
+
+Shape legend: B samples, N residues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparring.launch import artifacts, shards
+from sparring.launch.collective import device
+from sparring.launch.config import plain
+from sparring.launch.errors import SparringError, UsageError
+from sparring.launch.rows import write_rows
+from sparring.launch.seeds import derive
+from sparring.launch.stages import Context, Figures
+from sparring.science.confdiff import atoms as atom14
+from sparring.science.confdiff.dataset import CONFORMATIONS, Batch, Representations, blank
+from sparring.science.confdiff.frames import Frames
+from sparring.science.confdiff.guidance import (
+    EnergyGradient,
+    ForceGuidance,
+    Mixture,
+    NetworkEnergy,
+    NetworkForce,
+    NetworkScore,
+)
+from sparring.science.confdiff.guide import KINDS
+from sparring.science.confdiff.md_stage import chosen_sequence
+from sparring.science.confdiff.network import (
+    ConformationConfig,
+    ConformationNetwork,
+    load,
+    load_as,
+)
+from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.smc import kish, twisted
+from sparring.science.confdiff.solvers import SampleNoise, ScoreFunction, solve
+from sparring.science.confdiff.stages import SAMPLE, SampleStage
+from sparring.science.confdiff.structures import atoms_array, rows_of, torsions_array
+from sparring.science.confdiff.tangent import Score
+from sparring.science.confdiff.topologies import write
+from sparring.science.confdiff.train import chains
+from sparring.science.confdiff.validity import sound
+
+RESAMPLE_BELOW = 0.5
+"""Share of effective samples below which smc resamples."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a sampler is made of."""
+
+    base: ConformationNetwork
+    unconditional: ConformationNetwork | None
+    guide: Any
+    kind: str
+    """Of the guide: none, energy or force."""
+
+    @classmethod
+    def load(cls, settings: SampleStage, inputs: Mapping[str, Path]) -> Networks:
+        """From folders.
+
+        Raises:
+            SparringError: a folder holds another kind of network.
+            UsageError: a network that the settings need is not given, or the other way round.
+        """
+        base = load(inputs["model"])
+        if (settings.gamma < 1) != ("unconditional" in inputs):
+            raise UsageError(
+                f"gamma = {settings.gamma:g} "
+                + ("needs --unconditional" if settings.gamma < 1 else "uses no --unconditional")
+            )
+        unconditional = load(inputs["unconditional"]) if settings.gamma < 1 else None
+        guide, kind = None, "none"
+        if "guide" in inputs:
+            kind = _kind(inputs["guide"])
+            guide = load_as(KINDS[kind], inputs["guide"])
+        if settings.guidance not in ("none", kind):
+            raise UsageError(f"guidance = {settings.guidance} needs such a network as --guide")
+        if settings.correction != "none" and kind != "energy":
+            raise UsageError(
+                f"correction = {settings.correction} needs an energy network as --guide; a force "
+                "does not say how likely a sample is"
+            )
+        return cls(base, unconditional, guide, kind)
+
+    def temperature(self, wanted: float) -> float | None:
+        """K of the samples' law; None if the data had none.
+
+        Raises:
+            UsageError: another temperature is wanted than the networks are for.
+        """
+        made = (
+            self.guide.config.target
+            if self.guide is not None
+            else self.base.config.data.get("temperature")
+        )
+        if wanted and wanted != made:
+            known = "of no temperature" if made is None else f"for {made:g} K"
+            raise UsageError(
+                f"--temperature {wanted:g}: these networks are {known}; conf guide trains one for "
+                "another"
+            )
+        return None if made is None else float(made)
+
+
+def _kind(folder: Path) -> str:
+    config = ConformationConfig.from_pretrained(str(folder))
+    made = (config.architectures or ["?"])[0]
+    for kind, network in KINDS.items():
+        if network.__name__ == made:
+            return kind
+    raise SparringError(f"{folder} holds a {made}, no guide; conf guide makes one")
+
+
+class ConformationSampler:
+    """Networks and settings, for one chain."""
+
+    def __init__(self, settings: SampleStage, inputs: Mapping[str, Path], seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.networks = Networks.load(settings, inputs)
+        config = self.networks.base.config
+        self.process = config.diffusion
+        self.sequence, self.capped = target(settings, inputs, config)
+        path = inputs.get("representations")
+        self.known = Representations(path) if path else None
+        self.temperature = self.networks.temperature(settings.temperature)
+        if self.networks.kind != "none":
+            _check_same_chain(self.networks.guide.config, self.sequence)
+        for network in (self.networks.base, self.networks.unconditional, self.networks.guide):
+            if network is not None:
+                network.to(device())
+
+    @torch.no_grad()
+    def batch(self, numbers: Sequence[int]) -> list[Conformation]:
+        """Samples by their numbers.
+
+        Raises:
+            SparringError: one of them never passed the filter.
+        """
+        if self.settings.correction != "none":
+            return self._weighted(numbers)
+        pending, found = list(numbers), {}
+        for attempt in range(self.settings.attempts):
+            made = self._plain(pending, attempt)
+            good = sound(made) if self.settings.filter else [True] * len(made)
+            for number, row, passed in zip(pending, made, good, strict=True):
+                if passed:
+                    found[number] = replace(row, number=number, attempts=attempt + 1)
+            pending = [number for number in pending if number not in found]
+            if not pending:
+                return [found[number] for number in numbers]
+        raise SparringError(
+            f"{len(pending)} of {len(numbers)} samples had a broken chain or a clash in each of "
+            f"{self.settings.attempts} attempts, the first is number {pending[0]}; train longer, "
+            "take more --steps, or see them with --filter False"
+        )
+
+    def _noise(self, numbers: Sequence[int], attempt: int) -> SampleNoise:
+        seed = derive(self.seed, "attempt", attempt)
+        return SampleNoise(seed, numbers, [len(self.sequence)] * len(numbers), device=device())
+
+    def _told(self, count: int) -> Batch:
+        return blank([self.sequence] * count, self.known).to(device())
+
+    def score(self, told: Batch) -> ScoreFunction:
+        """The base model's, mixed with the unconditional one."""
+        base = self.networks.base
+        score = NetworkScore(base, self.process, chains(base.config, told))
+        other = self.networks.unconditional
+        if other is None:
+            return score
+        blind = NetworkScore(other, self.process, chains(other.config, told))
+        return Mixture(score, blind, self.settings.gamma)
+
+    def force(self, told: Batch) -> Any:
+        """F_t of the guide."""
+        guide = self.networks.guide
+        told_chains = chains(guide.config, told)
+        if self.networks.kind == "force":
+            return NetworkForce(guide, told_chains)
+        return EnergyGradient(NetworkEnergy(guide, told_chains), told.mask)
+
+    def _plain(self, numbers: Sequence[int], attempt: int) -> list[Conformation]:
+        told = self._told(len(numbers))
+        score = self.score(told)
+        if self.networks.kind != "none":
+            score = ForceGuidance(score, self.force(told), self.settings.eta)
+        noise = self._noise(numbers, attempt)
+        made = solve(
+            score,
+            self.process,
+            told.mask,
+            noise,
+            solver=self.settings.solver,
+            steps=self.settings.steps,
+        )
+        return self.rows(made.x, made.score, told)
+
+    def _weighted(self, numbers: Sequence[int]) -> list[Conformation]:
+        told, noise = self._told(len(numbers)), self._noise(numbers, 0)
+        energy = NetworkEnergy(self.networks.guide, chains(self.networks.guide.config, told))
+        resample = self.settings.correction == "smc"
+        made = twisted(
+            self.score(told),
+            self.force(told),
+            self.process,
+            told.mask,
+            noise,
+            terminal=energy,
+            twist=energy,
+            eta=self.settings.eta,
+            generator=torch.Generator().manual_seed(
+                derive(self.seed, "resample", numbers[0]) % 2**63
+            ),
+            steps=self.settings.steps,
+            resample_below=RESAMPLE_BELOW if resample else 0.0,
+        )
+        rows = self.rows(made.x, made.score, told)
+        weights = made.log_weights.tolist()
+        return [
+            replace(row, number=number, log_weight=weight, attempts=1)
+            for row, number, weight in zip(rows, numbers, weights, strict=True)
+        ]
+
+    def rows(self, x: Frames, score: Score, told: Batch) -> list[Conformation]:
+        """Structures: x_t denoised by its own score, side chains from the network's torsions."""
+        frames = self.process.denoised(x, score, self.process.t_min)
+        assert score.torsions is not None
+        torsions = score.torsions.to(frames.translations.dtype)
+        atoms, there = atom14.to_atoms(frames, torsions, told.types)
+        known = atoms.masked_fill(~there[..., None], torch.nan).cpu().numpy()
+        caps = atom14.cap_atoms(frames, torsions, told.types).cpu().numpy() if self.capped else None
+        return rows_of(self.sequence, known, caps, temperature=self.temperature)
+
+
+def target(
+    settings: SampleStage, inputs: Mapping[str, Path], config: ConformationConfig
+) -> tuple[str, bool]:
+    """The chain that is sampled, and whether it has caps.
+
+    Raises:
+        UsageError: no sequence is given, and the model knows more than one.
+    """
+    sequence, capped = chosen_sequence(settings.sequence, inputs)
+    sequence = sequence or config.data.get("chain", "")
+    if not sequence:
+        raise UsageError(
+            "the model was trained on several chains: give --sequence, --fasta or --pdb"
+        )
+    atom14.types_of(sequence)  # refuses unknown letters
+    if settings.capped is not None:
+        return sequence, settings.capped
+    return sequence, bool(config.data.get("capped") if capped is None else capped)
+
+
+def _check_same_chain(config: ConformationConfig, sequence: str) -> None:
+    trained = config.data.get("chain", "")
+    if trained and trained != sequence:
+        raise UsageError(
+            f"the guide was trained on {trained[:40]}, and knows no energy of {sequence[:40]}"
+        )
+
+
+def run(config: SampleStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
+    """Sample this rank's shards."""
+    if config.correction != "none" and config.filter:
+        raise UsageError(
+            "a correction weighs samples, and a filter would change their law: give --filter False"
+        )
+    sampler = ConformationSampler(config, inputs, context.seed)
+    shards.make(
+        range(config.num_samples),
+        config.batch,
+        Conformation,
+        sampler.batch,
+        context,
+        unit="conformations",
+    )
+    return {}
+
+
+def finish(
+    config: SampleStage, inputs: Mapping[str, Path], output: Path, context: Context
+) -> Figures:
+    """Put shards together: conformations.parquet, topology.pdb, samples.xtc and .npz, run.json."""
+    rows = shards.merge(-(-config.num_samples // config.batch), Conformation, context.work)
+    assert len(rows) == config.num_samples
+    first = rows[0]
+    atoms = np.stack([atoms_array(row) for row in rows])
+    torsions = np.stack([torsions_array(row) for row in rows])
+    types = atom14.types_of(first.sequence)
+    frames = atom14.frames_of(torch.from_numpy(atoms))
+    turns = atom14.sincos(torch.from_numpy(torsions))
+    caps = atom14.cap_atoms(frames, turns, types).numpy() if first.capped else None
+    write(output, first.sequence, atoms, caps)
+    weights = torch.tensor([row.log_weight or 0.0 for row in rows], dtype=torch.float64)
+    _save_arrays(output, frames, torsions, weights)
+    write_rows(output / CONFORMATIONS, Conformation, rows)
+    artifacts.write_json(
+        output / "run.json",
+        {
+            "sequence": first.sequence,
+            "capped": first.capped,
+            "temperature": first.temperature,
+            "seed": context.seed,
+            "settings": plain(config),
+            "packages": {name: metadata.version(name) for name in (*SAMPLE.packages, "sparring")},
+        },
+    )
+    return {
+        "conformations": len(rows),
+        "residues": len(first.sequence),
+        "temperature": first.temperature,
+        "attempts": sum(row.attempts or 1 for row in rows) / len(rows),
+        "effective": float(kish(weights)) / len(rows),
+    }
+
+
+def _save_arrays(output: Path, frames: Frames, torsions: Any, weights: Tensor) -> None:
+    with (output / "samples.npz").open("wb") as file:
+        np.savez(
+            file,
+            rotations=frames.rotations.numpy(),
+            translations=frames.translations.numpy(),
+            torsions=torsions,
+            log_weights=weights.numpy(),
+        )

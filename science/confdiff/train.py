@@ -1,0 +1,262 @@
+"""Stage `conf-train`: the network that predicts clean frames and torsions.
+
+Times and noise are drawn from (step, row), so they depend neither on ranks nor on micro-batches.
+
+Shape legend: B structures, N residues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparring.launch.config import resolved
+from sparring.launch.errors import SparringError
+from sparring.launch.optimisation import accumulate, descend, micro_batches
+from sparring.launch.seeds import derive
+from sparring.launch.sharding import Sharding
+from sparring.launch.stages import Context, Figures, many
+from sparring.launch.training import learning_rate
+from sparring.optimizers import build_optimizer
+from sparring.science.confdiff import atoms as atom14
+from sparring.science.confdiff import losses
+from sparring.science.confdiff.config import ConformationTrainConfig, LossConfig
+from sparring.science.confdiff.dataset import (
+    Batch,
+    Dataset,
+    Representations,
+    bucketed,
+    read_conformations,
+)
+from sparring.science.confdiff.frames import Frames
+from sparring.science.confdiff.guidance import Chains
+from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork, load
+from sparring.science.confdiff.process import Process
+from sparring.science.confdiff.sizes import SIZES
+from sparring.science.confdiff.tangent import Tangent
+
+_FROM_ATOMS = ("N", "CA", "C", "O")
+
+
+def drawn(
+    seed: int, number: int, rows: Sequence[int], size: int, process: Process
+) -> tuple[Tensor, Tangent]:
+    """Times (B,) and normal numbers (B, N, 3) of a step's rows, each from its own seed.
+
+    t is uniform on [t_min, 1]. Padding does not change what a row draws.
+    """
+    generator = torch.Generator()
+    times, noise = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), size, 6)
+    for place, row in enumerate(rows):
+        generator.manual_seed(derive(seed, "noise", number, row))
+        times[place] = torch.rand((), generator=generator, dtype=torch.float64)
+        noise[place] = torch.randn(size, 6, generator=generator)
+    t = process.t_min + (1 - process.t_min) * times
+    return t, Tangent(noise[..., :3], noise[..., 3:])
+
+
+def chains(config: ConformationConfig, batch: Batch) -> Chains:
+    """What a network is told beside x_t and t.
+
+    Raises:
+        SparringError: it was trained with pretrained arrays, and none are given.
+    """
+    for name, width in (("node", config.node_dim), ("edge", config.edge_dim)):
+        if width and getattr(batch, name) is None:
+            raise SparringError(
+                f"the network was trained with pretrained {name} arrays; give --representations"
+            )
+    return Chains(
+        mask=batch.mask, index=batch.index, aatype=batch.types, node=batch.node, edge=batch.edge
+    )
+
+
+def loss_terms(
+    predicted: Frames,
+    torsions: Tensor,
+    batch: Batch,
+    x_t: Frames,
+    t: Tensor,
+    process: Process,
+    weights: LossConfig,
+) -> dict[str, Tensor]:
+    """(B,) each part of the loss, unweighted.
+
+    Args:
+        predicted: (B, N) denoised frames.
+        torsions: (B, N, 7, 2).
+        batch: clean structures.
+        x_t: (B, N) noised frames.
+        t: (B,).
+        process: of the noise.
+        weights: whose `plain` decides which parts there are.
+    """
+    mask = batch.mask
+    found = process.score_given(x_t, predicted, t, mask)
+    true = process.score_given(x_t, batch.frames, t, mask)
+    scored = (found.translation, true.translation, t, mask, process)
+    turned = (found.rotation, true.rotation, t, mask, process)
+    angles = atom14.angles(batch.torsions)
+    terms = {
+        "translation": losses.translation_loss(*scored),
+        "rotation": (losses.rotation_loss if weights.plain else losses.axis_angle_loss)(*turned),
+        "torsion": losses.torsion_loss(torsions, angles, batch.torsion_mask),
+    }
+    if weights.plain:
+        return terms
+    atoms, _ = atom14.to_atoms(predicted, torsions, batch.types)
+    four = len(_FROM_ATOMS)
+    near = (atoms[..., :four, :], batch.atoms[..., :four, :], batch.atom_mask[..., :four], t)
+    other = atom14.renamed(batch.atoms, batch.types)
+    ambiguous = batch.atom_mask & ((other - batch.atoms).abs().sum(-1) > 0)
+    target = losses.renamed(atoms, batch.atoms, other, batch.atom_mask, ambiguous)
+    terms["backbone"] = losses.backbone_loss(*near)
+    terms["distance"] = losses.distance_loss(*near)
+    terms["fape"] = losses.fape(
+        predicted,
+        batch.frames,
+        atoms.flatten(1, 2),
+        target.flatten(1, 2),
+        mask,
+        batch.atom_mask.flatten(1),
+    )
+    return terms
+
+
+def _weighted(terms: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
+    if weights.plain:
+        return terms["translation"] + terms["rotation"] + weights.torsion * terms["torsion"]
+    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)
+
+
+class ConformationTrainer:
+    """Network, optimizer and data of one rank."""
+
+    def __init__(
+        self,
+        settings: ConformationTrainConfig,
+        data: Dataset,
+        network: ConformationNetwork,
+        context: Context,
+    ) -> None:
+        self.settings, self.data, self.context = settings, data, context
+        passes = micro_batches(settings.batch, settings.micro_batch, context.world)
+        self.sharding = Sharding(settings, context.world, micro_batches=passes)
+        self.config: ConformationConfig = network.config
+        self.process = self.config.diffusion
+        if settings.gradient_checkpointing:
+            network.gradient_checkpointing_enable()
+        lr = learning_rate(settings, 0, settings.steps)
+        optimizer = build_optimizer(settings.optimizer, network.named_parameters(), lr=lr)
+        self.network = self.sharding.prepare(network.train(), optimizer)
+
+    def gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+        """Accumulate the gradient of a global batch; returns this rank's sums of figures."""
+        return accumulate(
+            self.sharding,
+            rows,
+            lambda some: self._forward(number, some),
+            micro_batch=self.settings.micro_batch,
+            order=lambda row: self.data.lengths[row],
+        )
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures of a step, means over its structures, from their sums."""
+        count = sums.pop("rows")
+        return {name: value / count for name, value in sums.items()}
+
+    def _forward(self, number: int, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        device = self.sharding.device
+        batch = self.data.batch(rows)
+        size = batch.mask.shape[1]
+        t, noise = drawn(self.context.seed, number, rows, size, self.process)
+        batch, t, noise = batch.to(device), t.to(device), noise.to(device)
+        x_t = self.process.noised(batch.frames, t, batch.mask, noise)
+        told = chains(self.config, batch).inputs(self.config)
+        made = self.network(x_t.rotations, x_t.translations, t.float(), **told)
+        predicted = Frames(made.rotations, made.translations)
+        terms = loss_terms(
+            predicted, made.torsions, batch, x_t, t, self.process, self.settings.loss
+        )
+        loss = _weighted(terms, self.settings.loss)
+        found = {"loss": loss, **terms}
+        sums = {name: float(value.detach().sum()) for name, value in found.items()}
+        return loss.sum(), {**sums, "rows": float(len(rows))}
+
+
+def new_network(
+    settings: ConformationTrainConfig, representations: Representations | None, seed: int
+) -> ConformationNetwork:
+    """A network with random weights."""
+    torch.manual_seed(seed)
+    config = ConformationConfig(
+        size=dataclasses.asdict(SIZES[settings.size]),
+        sequence=settings.sequence,
+        node_dim=representations.node_dim if representations else 0,
+        edge_dim=representations.edge_dim if representations else 0,
+    )
+    return ConformationNetwork(config)
+
+
+def provenance(data: Dataset) -> dict[str, object]:
+    """What a network remembers of its data: the temperature, if it has one, and a lone chain."""
+    temperatures = {row.temperature for row in data.rows}
+    chains = {(row.sequence, row.capped) for row in data.rows}
+    one = chains.pop() if len(chains) == 1 else ("", None)
+    known = temperatures.pop() if len(temperatures) == 1 else None
+    return {"temperature": known, "chain": one[0], "capped": one[1]}
+
+
+def run(
+    config: ConformationTrainConfig, inputs: Mapping[str, Path], output: Path, context: Context
+) -> Figures:
+    """Train; writes config.json, model.safetensors and metrics.jsonl.
+
+    Raises:
+        SparringError: no conformations, or arrays that do not fit them.
+    """
+    settings = resolved(config, 0)
+    path = inputs.get("representations")
+    representations = Representations(path) if path else None
+    data = Dataset(read_conformations(many("data", inputs)), representations)
+    start = inputs.get("model")
+    network = (
+        load(start)
+        if start
+        else new_network(settings, representations, derive(context.seed, "start") % 2**63)
+    )
+    network.config.data = provenance(data)
+    plan = bucketed(data.lengths, settings.batch, settings.steps, context.seed)
+    trainer = ConformationTrainer(settings, data, network, context)
+    parameters = sum(p.numel() for p in network.parameters())
+    done = descend(
+        trainer.sharding,
+        plan,
+        trainer.gradients,
+        trainer.means,
+        config=settings,
+        rate=lambda number: learning_rate(settings, number, settings.steps),
+        context=context,
+        output=output,
+    )
+    save(trainer.sharding, ConformationNetwork(trainer.config), output, context)
+    trainer.sharding.close()
+    return {
+        "steps": settings.steps,
+        "conformations": len(data),
+        "parameters": parameters,
+        "zero": trainer.sharding.stage,
+        **{k: v for k, v in done.last.items() if k not in ("lr", "grad_norm")},
+    }
+
+
+def save(sharding: Sharding, network: torch.nn.Module, output: Path, context: Context) -> None:
+    """Write a network with the trained weights (their average, if there is one)."""
+    state = sharding.full_state(context.work)
+    if context.world.rank == 0:
+        network.load_state_dict(state)
+        network.save_pretrained(str(output))  # type: ignore[operator]

@@ -1,0 +1,322 @@
+"""Losses against numbers by hand and by numpy; estimators of E_t and F_t against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparring.science.confdiff.frames import Frames
+from sparring.science.confdiff.guidance_losses import (
+    boltzmann_weights,
+    contrastive_energy_loss,
+    force_anchor_loss,
+    force_loss,
+)
+from sparring.science.confdiff.igso3 import exp_rotation
+from sparring.science.confdiff.losses import (
+    LossWeights,
+    axis_angle_loss,
+    backbone_loss,
+    distance_loss,
+    fape,
+    renamed,
+    rotation_loss,
+    tangent_loss,
+    torsion_loss,
+    total,
+    translation_loss,
+)
+from sparring.science.confdiff.oracle import FiniteSet
+from sparring.science.confdiff.process import Process
+from sparring.science.confdiff.tangent import Tangent
+
+PROCESS = Process()
+T = torch.tensor([0.1, 0.6], dtype=torch.float64)
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def frames(*shape: int, seed: int = 0) -> Frames:
+    return Frames(exp_rotation(2 * normal(*shape, 3, seed=seed)), normal(*shape, 3, seed=seed + 1))
+
+
+def draws(*shape: int, seed: int = 5) -> Tangent:
+    return Tangent(normal(*shape, 3, seed=seed), normal(*shape, 3, seed=seed + 1))
+
+
+def test_scores_are_in_units_of_their_size() -> None:
+    one, other = normal(2, 3, 3), normal(2, 3, 3, seed=1)
+    square = ((one - other) ** 2).sum(-1).numpy()
+    means = [square[0].mean(), square[1, :2].mean()]
+    for loss, scale in ((translation_loss, 0), (rotation_loss, 1)):
+        size = PROCESS.score_scale(T)[scale].numpy()
+        found = loss(one, other, T, MASK, PROCESS)
+        np.testing.assert_allclose(found, means / size**2)
+    assert float(PROCESS.score_scale(T)[0][0]) == pytest.approx(1 / float(PROCESS.std(0.1)))
+    # The score of the truth has three components, each of mean square 1 in these units.
+    many = torch.ones(4000, 2, dtype=torch.bool)
+    clean = Frames(*(x.expand(4000, *x.shape[1:]) for x in vars(frames(1, 2)).values()))
+    for t in (0.05, 0.5, 1.0):
+        time = torch.full((4000,), t, dtype=torch.float64)
+        x = PROCESS.noised(clean, time, many, draws(4000, 2))
+        score = PROCESS.score_given(x, clean, time, many)
+        zero = torch.zeros_like(score.rotation)
+        for loss, part, expected in (
+            (translation_loss, score.translation, 1.5),  # 3 (1 - 1/N)
+            (rotation_loss, score.rotation, 3.0),
+        ):
+            found = loss(zero, part, time, many, PROCESS)
+            error = 4 * float(found.std()) / math.sqrt(4000)
+            assert abs(float(found.mean()) - expected) < error < 0.2
+
+
+def test_axis_and_angle() -> None:
+    target = 40 * normal(2, 3, 3)
+    scale = PROCESS.score_scale(T)[1]
+    twice = axis_angle_loss(2 * target, target, T, MASK, PROCESS)
+    # Same axes: only lengths differ, and they count above t = 0.2 alone.
+    length = float(target[1, :2].norm(dim=-1).square().mean() / scale[1] ** 2)
+    assert float(twice[0]) < 1e-5
+    assert float(twice[1]) == pytest.approx(length, rel=1e-3)
+    against = axis_angle_loss(-target, target, T, MASK, PROCESS)
+    torch.testing.assert_close(against, torch.full((2,), 4.0).double(), rtol=2e-3, atol=0)
+    zero = torch.zeros_like(target).requires_grad_()
+    axis_angle_loss(zero, target, T, MASK, PROCESS).sum().backward()
+    assert zero.grad is not None
+    assert bool(zero.grad.isfinite().all())
+
+
+def test_atoms_in_square_angstrom() -> None:
+    target, present = normal(2, 3, 4, 3), torch.ones(2, 3, 4, dtype=torch.bool)
+    present[1, 2] = False
+    target[1, 2] = math.nan
+    shift = torch.tensor([0.1, 0.2, 0.2])  # 0.3 nm
+    predicted = torch.where(present[..., None], target + shift, 5.0).requires_grad_()
+    found = backbone_loss(predicted, target, present, T)
+    assert found.tolist() == pytest.approx([9.0, 0.0])  # 3 Å, squared; t = 0.6 is too noisy
+    every = backbone_loss(predicted, target, present, T, until=1)
+    assert every.tolist() == pytest.approx([9.0, 9.0])
+    pairs = distance_loss(predicted, target, present, T, until=1, within=3.0)
+    assert pairs.tolist() == pytest.approx([0.0, 0.0])
+    (every + pairs).sum().backward()
+    assert predicted.grad is not None
+    assert bool(predicted.grad.isfinite().all())
+    assert float(predicted.grad[1, 2].abs().max()) == 0
+
+
+def test_distances_that_are_short_in_truth() -> None:
+    target = torch.tensor([0.0, 0.3, 0.5, 2.0], dtype=torch.float64)
+    target = torch.stack([target, 0 * target, 0 * target], -1)[None, None]
+    predicted = target.clone()
+    predicted[0, 0, 1, 0] += 0.1
+    present = torch.ones(1, 1, 4, dtype=torch.bool)
+    # Pairs below 6 Å: 0-1 (3 Å, off by 1), 0-2, 1-2 (2 Å, off by 1).
+    found = distance_loss(predicted, target, present, T[:1])
+    assert float(found) == pytest.approx(2 / 3)
+
+
+def test_torsions() -> None:
+    target, present = normal(2, 3, 7), torch.ones(2, 3, 7, dtype=torch.bool)
+    present[0, 0], target[0, 0] = False, math.nan
+    off = torch.nan_to_num(target) + math.pi / 2
+    predicted = torch.stack([off.sin(), off.cos()], -1)
+    found = torsion_loss(predicted, target, present)
+    torch.testing.assert_close(found, torch.full((2,), 2.0).double())
+
+
+def test_fape_by_hand_and_its_symmetry() -> None:
+    one, other = frames(1, 4), frames(1, 4, seed=3)
+    points, true = normal(1, 5, 3), normal(1, 5, 3, seed=4)
+    frame_mask = torch.tensor([[True, True, True, False]])
+    point_mask = torch.tensor([[True, True, True, True, False]])
+    errors = []
+    for i in range(3):
+        for j in range(4):
+            seen = one.rotations[0, i].numpy().T @ (points[0, j] - one.translations[0, i]).numpy()
+            real = other.rotations[0, i].numpy().T @ (true[0, j] - other.translations[0, i]).numpy()
+            errors.append(min(1.5, np.linalg.norm(seen - real)) / 2)
+    masks = (frame_mask, point_mask)
+    found = fape(one, other, points, true, *masks, clamp=1.5, scale=2.0)
+    assert float(found) == pytest.approx(np.mean(errors), abs=1e-6)
+    turn, shift = exp_rotation(normal(3, seed=6)), normal(3, seed=7)
+    moved = fape(
+        one.moved(turn, shift), other, points @ turn.T + shift, true, *masks, clamp=1.5, scale=2.0
+    )
+    torch.testing.assert_close(moved, found)
+    assert float(fape(one, one, points, points, *masks)) < 2e-4
+    flip = torch.diag(torch.tensor([1.0, 1, -1])).double()
+    mirrored = Frames(flip @ one.rotations @ flip, one.translations @ flip)
+    assert float(fape(mirrored, one, points @ flip, points, *masks)) > 0.1
+
+
+def test_names_of_symmetric_atoms() -> None:
+    target, present = normal(1, 3, 4, 3), torch.ones(1, 3, 4, dtype=torch.bool)
+    ambiguous = torch.zeros(1, 3, 4, dtype=torch.bool)
+    ambiguous[0, :2, 2:] = True
+    alternative = target.clone()
+    alternative[0, :2, 2:] = target[0, :2, 2:].flip(1)
+    present[0, 2, 3] = False
+    target[0, 2, 3] = alternative[0, 2, 3] = math.nan
+    predicted = torch.nan_to_num(target).clone()
+    predicted[0, 1] = alternative[0, 1]  # the second residue means the other names
+    turned = predicted @ exp_rotation(normal(3, seed=2)).T + 1
+    found = renamed(turned, target, alternative, present, ambiguous)
+    torch.testing.assert_close(found[0, 0], target[0, 0])
+    torch.testing.assert_close(found[0, 1], alternative[0, 1])
+    assert bool(found.isfinite().all())
+
+
+def test_total() -> None:
+    terms = {"rotation": torch.tensor([2.0]), "fape": torch.tensor([3.0])}
+    assert float(total(terms, LossWeights())) == pytest.approx(4.0)
+    assert vars(LossWeights()) == {
+        "rotation": 0.5,
+        "translation": 1.0,
+        "backbone": 0.25,
+        "distance": 0.25,
+        "torsion": 0.25,
+        "fape": 1.0,
+    }
+    with pytest.raises(ValueError, match=r"no weight for \['chi'\]"):
+        total({"chi": terms["fape"]}, LossWeights())
+
+
+# From here on: on a line, q_0 = N(0, 1) and k E = (x - 1.5)^2 / 2, so p_0 = N(0.75, 0.5). The line is
+# (T_1 - T_2) / sqrt 2 of two residues, in each of three directions.
+
+
+def along(value: Tensor) -> Tensor:
+    """(B, 3) on the line -> (B, 2, 3) translations."""
+    return torch.stack([value, -value], 1) / math.sqrt(2)
+
+
+def analytic(t: float) -> tuple[float, float]:
+    """Intercept and slope of F_t = s_q - s_p."""
+    square, variance = float(PROCESS.alpha(t)) ** 2, float(PROCESS.std(t)) ** 2
+    spread = square * 0.5 + variance
+    return -0.75 * math.sqrt(square) / spread, 1 / spread - 1
+
+
+def minimum(loss: Callable[[Tensor], Tensor], steps: int) -> Tensor:
+    """Newton's method from 0; one step if the loss is quadratic."""
+    at = torch.zeros(2, dtype=torch.float64)
+    for _ in range(steps):
+        slope, curve = torch.func.grad(loss)(at), torch.func.hessian(loss)(at)
+        at = at - torch.linalg.solve(curve, slope)
+    return at
+
+
+def line(t: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean and noised points of the line, and weights (B, 3)."""
+    clean = normal(count, 3)
+    noised = float(PROCESS.alpha(t)) * clean + float(PROCESS.std(t)) * normal(count, 3, seed=1)
+    return clean, noised, boltzmann_weights(((clean - 1.5) ** 2 / 2).flatten()).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3])
+def test_weighted_score_matching_finds_the_force(t: float) -> None:
+    count = 20_000
+    clean, noised, weights = line(t, count)
+    still = torch.eye(3, dtype=torch.float64).expand(count, 2, 3, 3)
+    mask, time = torch.ones(count, 2, dtype=torch.bool), torch.full((count,), t).double()
+    x, x0 = Frames(still, along(noised)), Frames(still, along(clean))
+    given = PROCESS.score_given(x, x0, time, mask)
+    zero = torch.zeros(count, 2, 3, dtype=torch.float64)
+
+    def loss(at: Tensor) -> Tensor:
+        # One direction a time, as each has its own weight.
+        total = torch.zeros((), dtype=torch.float64)
+        for i, only in enumerate(torch.eye(3, dtype=torch.float64)):
+            force, base, conditional = (
+                Tangent(v * only, zero)
+                for v in (along(at[0] + at[1] * noised), along(-noised), given.translation)
+            )
+            values = force_loss(force, base, conditional, weights[:, i], time, mask, PROCESS)
+            total = total + values.mean()
+        return total
+
+    found, expected = minimum(loss, 1), analytic(t)
+    # Standard errors from eight other seeds: 0.03 and 0.03 at t = 0.1, less later.
+    assert found.tolist() == pytest.approx(expected, abs=0.1)
+    named = {0.1: (-1.2866, 0.8121), 0.3: (-0.5889, 0.2471)}[t]
+    assert expected == pytest.approx(named, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_contrastive_energies_agree(size: int) -> None:
+    t = 0.1
+    _, noised, weights = line(t, 24_000)
+    points, weight = (v.reshape(-1, size) for v in (noised, weights))
+
+    def loss(at: Tensor, weight: Tensor = weight) -> Tensor:
+        energy = at[0] * points + at[1] * points**2 / 2
+        return contrastive_energy_loss(energy, weight).mean()
+
+    expected = analytic(t)
+    # Standard errors from eight other seeds: 0.015 and 0.015.
+    assert minimum(loss, 6).tolist() == pytest.approx(expected, abs=0.06)
+    if size == 2:
+        shares = 2 * weight / weight.sum(1, keepdim=True)
+        biased = minimum(lambda at: loss(at, shares), 6)
+        assert abs(float(biased[0]) - expected[0]) > 0.15  # weights over a batch's mean are wrong
+
+
+def test_both_losses_rest_at_the_oracle() -> None:
+    # Gradients at the exact F_t and E_t vanish, up to 4 standard errors, along any direction.
+    count, t = 6000, 0.25
+    structures, chosen = frames(6, 2), torch.arange(count) % 6
+    energies = torch.linspace(0, 2, 6, dtype=torch.float64)
+    oracle = FiniteSet(PROCESS, structures, torch.zeros(6).double(), torch.ones(2).bool())
+    mask, time = torch.ones(count, 2, dtype=torch.bool), torch.full((count,), t).double()
+    clean = structures[chosen]
+    x = PROCESS.noised(clean, t, mask, draws(count, 2))
+    weights = boltzmann_weights(energies)[chosen]
+    given, base = PROCESS.score_given(x, clean, t, mask), oracle(x, t)
+    force, energy = oracle.force(x, t, energies), oracle.energy(x, t, energies)
+
+    def of_force(factor: float, force: Tangent) -> Tensor:
+        # Along the force itself, and along what depends on x_t otherwise.
+        return force_loss(force.plus(base, factor), base, given, weights, time, mask, PROCESS)
+
+    def of_energy(factor: float, energy: Tensor) -> Tensor:
+        way = x.rotations[:, 0, 0, 0] + x.translations[:, 0, 0]
+        groups = (energy + factor * way).reshape(-1, 3)
+        return contrastive_energy_loss(groups, weights.reshape(-1, 3))
+
+    for loss, exact, wrong in (
+        (of_force, force, force.times(-1)),  # the sign of the authors' labels
+        (of_energy, energy, torch.zeros_like(energy)),
+    ):
+        step = 1e-4
+        for at, rests in ((exact, True), (wrong, False)):
+            slope = (loss(step, at) - loss(-step, at)) / (2 * step)  # type: ignore[operator]
+            sigma = abs(float(slope.mean())) / (float(slope.std()) / math.sqrt(len(slope)))
+            assert (sigma < 4) == rests
+
+
+def test_weights() -> None:
+    weights = boltzmann_weights(torch.tensor([1e4, 1e4 + math.log(3)]).double())
+    torch.testing.assert_close(weights, torch.tensor([1.5, 0.5]).double())
+    with pytest.raises(ValueError, match="1 of 2 energies"):
+        boltzmann_weights(torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match="two samples or more"):
+        contrastive_energy_loss(torch.zeros(3, 1), torch.ones(3, 1))
+
+
+def test_anchor() -> None:
+    force, target = draws(2, 3), draws(2, 3, seed=8)
+    apart = (force.translation - target.translation) ** 2 + (force.rotation - target.rotation) ** 2
+    rows = apart.sum(-1).numpy()
+    found = force_anchor_loss(force, target, MASK, torch.tensor([2.0, 1.0]))
+    np.testing.assert_allclose(found, [2 * rows[0].mean(), rows[1, :2].mean()])
+    assert float(tangent_loss(force, force, T, MASK, PROCESS).abs().max()) == 0

@@ -1,0 +1,97 @@
+"""The recipe of ConfDiff becomes the right chain, and wrong settings are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sparring.launch.config import build
+from sparring.science.confdiff.config import (
+    ConformationRecipe,
+    ConformationSampleConfig,
+    MdConfig,
+    inverse_temperature_change,
+)
+from sparring.science.confdiff.pipeline import PIPELINE
+
+ARMS = (
+    ConformationSampleConfig(),
+    ConformationSampleConfig(gamma=0.8),
+    ConformationSampleConfig(guidance="force"),
+    ConformationSampleConfig(guidance="energy", correction="smc", filter=False),
+)
+RECIPE = ConformationRecipe(
+    name="test", md=MdConfig(sequence="AA", temperature=400), target=350, arms=ARMS, seeds=2
+)
+
+
+def test_every_arm_gets_the_networks_it_needs_and_no_other() -> None:
+    steps = {step.name: step for step in PIPELINE.steps(RECIPE)}
+    assert [name for name in steps if name.startswith("seed0/")] == [
+        f"seed0/{name}" for name in ("base", "unconditional", "force", "energy")
+    ]
+    sampled = {name: dict(steps[f"{name}/seed1/conf-sample"].inputs) for name in
+               ("base", "base-gamma=0.8", "force", "energy-smc")}  # fmt: skip
+    assert sampled["base"] == {"model": "seed1/base"}
+    assert sampled["base-gamma=0.8"]["unconditional"] == "seed1/unconditional"
+    assert sampled["force"] == {"model": "seed1/base", "guide": "seed1/force"}
+    assert sampled["energy-smc"]["guide"] == "seed1/energy"
+    assert not steps["seed0/unconditional"].config.sequence
+    assert steps["seed0/force"].config.kind == "force"
+    assert steps["seed0/force"].config.temperature == 350
+
+
+def test_the_reference_is_an_independent_simulation_that_nothing_is_trained_on() -> None:
+    steps = {step.name: step for step in PIPELINE.steps(RECIPE)}
+    source, reference = steps["md-source"], steps["md-target"]
+    assert (source.config.temperature, reference.config.temperature) == (400, 350)
+    assert source.seed != reference.seed
+    for step in steps.values():
+        if step.stage.name in ("conf-train", "conf-guide"):
+            assert step.inputs["data.0"] == "md-source"
+        assert "md-target" not in [v for k, v in step.inputs.items() if k != "reference"]
+    assert steps["reweighted/conf-evaluate"].config.reweight == 350
+    assert steps["source/conf-evaluate"].config.reweight == 0
+
+
+def test_arms_share_their_noise_and_seeds_do_not() -> None:
+    steps = {step.name: step for step in PIPELINE.steps(RECIPE)}
+    seeds = [steps[f"{arm.name}/seed{n}/conf-sample"].seed for n in range(2) for arm in ARMS]
+    assert len(set(seeds)) == 2
+    assert seeds[0] == seeds[3] != seeds[4]
+    assert steps["seed0/base"].seed != steps["seed1/base"].seed
+
+
+def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
+    # RT is 2.494 kJ/mol at 300 K.
+    assert 1 / inverse_temperature_change(300, 1e12) == pytest.approx(2.494, rel=1e-3)
+    assert inverse_temperature_change(350, 400) > 0 > inverse_temperature_change(400, 350)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"md": {"sequence": ""}}, "md.sequence is empty"),
+        ({"md": {"temperature": -1}}, "temperature must be positive"),
+        ({"md": {"save_every": 0.001}}, "shorter than a time step"),
+        ({"arms": []}, "at least one"),
+        ({"arms": [{}, {}]}, "two are called 'base'"),
+        ({"arms": [{"gamma": 1.5}]}, "gamma"),
+        ({"arms": [{"correction": "smc", "solver": "ode"}]}, "weighs the steps of solver"),
+        ({"seeds": 0}, "seeds must be"),
+        ({"target": 0}, "target must be"),
+        ({"train": {"steps": 0}}, "steps must be"),
+        ({"guide": {"anchor": -1}}, "anchor"),
+    ],
+)
+def test_wrong_values_are_named(data: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(Exception, match=message):
+        build(ConformationRecipe, {"name": "x", "md": {"sequence": "AA"}, **data}, "test")
+
+
+def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
+    assert PIPELINE.summary(RECIPE, tmp_path)["table"] == "nothing was evaluated yet"
+    assert PIPELINE.report(RECIPE, tmp_path).is_file()
+    assert dataclasses.replace(RECIPE, seeds=1).seeds == 1

@@ -1,0 +1,332 @@
+"""The stages of ConfDiff on a real simulation of a small peptide and tiny networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparring.launch.cli import main
+from sparring.launch.rows import read_rows
+from sparring.science.confdiff.dataset import CONFORMATIONS, Dataset, bucketed
+from sparring.science.confdiff.guide import Labels
+from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.structures import atoms_array
+from sparring.science.confdiff.validity import sound
+
+Conf = Callable[..., dict[str, Any]]
+SAMPLING = ("--steps", "8", "--filter", "False")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    capsys.readouterr()
+    code = main([str(word) for word in arguments])
+    return code, capsys.readouterr().err
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rows(folder: Path) -> list[Conformation]:
+    return read_rows(folder / CONFORMATIONS, Conformation)
+
+
+def test_a_simulation_is_rows_with_energies_and_forces(simulated: Path) -> None:
+    import mdtraj
+
+    found = rows(simulated)
+    assert [row.number for row in found] == list(range(120))
+    assert {(row.sequence, row.capped, row.temperature) for row in found} == {("AGA", True, 400.0)}
+    assert np.std([row.energy for row in found]) > 5
+    trajectory = mdtraj.load(simulated / "replica1.xtc", top=simulated / "topology.pdb")
+    assert trajectory.n_frames == 60
+    # xtc rounds to 0.001 nm; the rows are about another centre.
+    ca = trajectory.xyz[7, trajectory.topology.select("name CA")]
+    mine = atoms_array(found[67])[:, 1]
+    np.testing.assert_allclose(ca - ca.mean(0), mine - mine.mean(0), atol=2e-3)
+
+
+def test_training_learns(simulated: Path, tmp_path: Path, conf: Conf) -> None:
+    options = ("--steps", "40", "--batch", "32", "--micro-batch", "32", "--lr", "2e-3",
+               "--warmup", "0", "--loss.plain", "True")  # fmt: skip
+    figures = conf("train", tmp_path / "out", *options, data=simulated)
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in metrics]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+    assert figures["conformations"] == 120
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["data"] == {"temperature": 400.0, "chain": "AGA", "capped": True}
+
+
+def test_micro_batches_change_nothing(
+    simulated: Path, base: Path, tmp_path: Path, conf: Conf, training: tuple[str, ...]
+) -> None:
+    options = ("--steps", "4", *training, "--micro-batch", "5")
+    conf("train", tmp_path / "out", *options, data=simulated)
+    one, two = weights(base), weights(tmp_path / "out")
+    # Adam makes whole steps of gradients that are rounding alone, so a few elements differ.
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert float(apart.median()) < 1e-6
+    assert float((apart > 1e-4).float().mean()) < 0.01
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "mars"])
+def test_two_ranks_with_zero_learn_the_same(
+    optimizer: str, simulated: Path, tmp_path: Path, conf: Conf, training: tuple[str, ...]
+) -> None:
+    options = ("--steps", "3", *training, "--optimizer.name", optimizer, "--optimizer.eps", "1e-4")
+    conf("train", tmp_path / "one", *options, data=simulated)
+    ranks = ("--launch.processes", "2", "--micro-batch", "8")
+    figures = conf("train", tmp_path / "two", *options, *ranks, data=simulated)
+    assert figures["zero"] == 2
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    assert float(apart.abs().max()) < 1e-4
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(
+    simulated: Path, base: Path, tmp_path: Path, training: tuple[str, ...]
+) -> None:
+    from dataclasses import replace
+
+    from sparring.launch.errors import Stopped
+    from sparring.launch.processes import World
+    from sparring.launch.stages import Context
+    from sparring.science.confdiff import train
+    from sparring.science.confdiff.config import ConformationTrainConfig
+
+    config = ConformationTrainConfig(
+        steps=4, batch=16, micro_batch=16, warmup=0, lr=1e-3, save_every=2, ema=0
+    )
+    work, asked = tmp_path / "work", iter([False, True])
+    work.mkdir()
+    seed = json.loads((base / "manifest.json").read_text()).get("seed", 0)
+    context = Context(World(), work, seed, lambda: next(asked, False), lambda **_: None)
+    inputs = {"data.0": simulated}
+    with pytest.raises(Stopped):
+        train.run(config, inputs, tmp_path, context)
+    train.run(config, inputs, tmp_path, replace(context, stopped=lambda: False))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    train.run(config, inputs, whole, replace(context, work=whole, stopped=lambda: False))
+    one, two = weights(whole), weights(tmp_path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["energy", "force"])
+def test_a_guide_beats_knowing_nothing(
+    kind: str, simulated: Path, base: Path, tmp_path: Path, conf: Conf
+) -> None:
+    # To 200 K: the law is so different that a few steps see it.
+    options = ("--kind", kind, "--temperature", "200", "--steps", "60", "--batch", "40",
+               "--micro-batch", "40", "--lr", "1e-3", "--warmup", "0")  # fmt: skip
+    figures = conf("guide", tmp_path / "out", *options, data=simulated, model=base)
+    assert figures["from_kelvin"] == 400
+    assert 0 < figures["effective"] < 1
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in metrics][-15:]
+    gained = [row["blank"] - row["loss"] for row in last]
+    assert np.mean(gained) > 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["target"] == 200
+
+
+def test_labels_are_boltzmann_factors_and_batches_are_of_one_chain(simulated: Path) -> None:
+    data = Dataset(rows(simulated))
+    labels = Labels(data, 350.0)
+    energy = np.array([row.energy for row in data.rows])
+    expected = np.exp(-(1 / 350 - 1 / 400) / 0.00831446 * (energy - energy.mean()))
+    np.testing.assert_allclose(labels.weights, expected / expected.mean(), rtol=1e-5)
+    plan = labels.plan(16, 9, seed=1)
+    assert [len(batch) for batch in plan] == [16] * 9
+    assert plan == labels.plan(16, 9, seed=1) != labels.plan(16, 9, seed=2)
+
+
+def test_buckets_hold_similar_lengths_and_every_row_once_an_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(20, 300, size=256).tolist()
+    plan = bucketed(lengths, 8, 32, seed=3)
+    assert sorted(n for batch in plan for n in batch) == list(range(256))
+    spread = [np.ptp([lengths[n] for n in batch]) for batch in plan]
+    assert np.mean(spread) < 30
+    assert bucketed([5] * 3, 8, 2, seed=0) in ([[0, 1, 2], [0, 1, 2]],) or all(
+        sorted(batch) == [0, 1, 2] for batch in bucketed([5] * 3, 8, 2, seed=0)
+    )
+
+
+@pytest.mark.parametrize("guide", ["none", "energy", "force"])
+def test_a_sample_depends_on_its_number_alone(
+    guide: str, base: Path, guides: dict[str, Path], tmp_path: Path, conf: Conf
+) -> None:
+    inputs = {"model": base} | ({"guide": guides[guide]} if guide != "none" else {})
+    conf("sample", tmp_path / "a", *SAMPLING, "--num-samples", "5", "--batch", "5", **inputs)
+    conf("sample", tmp_path / "b", *SAMPLING, "--num-samples", "3", "--batch", "2", **inputs)
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert (len(a), len(b)) == (5, 3)
+    for one, two in zip(a, b, strict=False):
+        np.testing.assert_allclose(atoms_array(one), atoms_array(two), atol=1e-5)
+    assert not np.allclose(atoms_array(a[0]), atoms_array(a[1]), atol=1e-2, equal_nan=True)
+    assert a[0].temperature == (400 if guide == "none" else 350)
+
+
+def test_sampled_files_open_in_mdtraj_and_hold_the_same(
+    base: Path, tmp_path: Path, conf: Conf
+) -> None:
+    import mdtraj
+
+    out = tmp_path / "out"
+    conf("sample", out, *SAMPLING, "--num-samples", "4", model=base)
+    trajectory = mdtraj.load(out / "samples.xtc", top=out / "topology.pdb")
+    assert trajectory.n_frames == 4
+    assert [r.name for r in trajectory.topology.residues] == ["ACE", "ALA", "GLY", "ALA", "NME"]
+    ca = trajectory.xyz[:, [a.index for a in trajectory.topology.atoms if a.name == "CA"]]
+    expected = np.stack([atoms_array(row)[:, 1] for row in rows(out)])
+    np.testing.assert_allclose(ca, expected, atol=1e-3)
+    with np.load(out / "samples.npz", allow_pickle=False) as data:
+        np.testing.assert_allclose(data["translations"], expected, atol=1e-5)
+        determinants = np.linalg.det(data["rotations"])
+        np.testing.assert_allclose(determinants, 1, atol=1e-4)
+        assert data["log_weights"].tolist() == [0.0] * 4
+    assert json.loads((out / "run.json").read_text())["sequence"] == "AGA"
+
+
+@pytest.mark.parametrize("correction", ["weights", "smc"])
+def test_corrections_leave_log_weights(
+    correction: str, base: Path, guides: dict[str, Path], tmp_path: Path, conf: Conf
+) -> None:
+    options = (*SAMPLING, "--num-samples", "6", "--correction", correction, "--eta", "2")
+    figures = conf("sample", tmp_path / "o", *options, model=base, guide=guides["energy"])
+    found = [row.log_weight for row in rows(tmp_path / "o")]
+    assert all(weight is not None and np.isfinite(weight) for weight in found)
+    assert 0 < figures["effective"] <= 1
+    assert len(set(found)) > 1
+
+
+def test_samples_that_never_pass_are_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("--num-samples", "2", "--steps", "2", "--attempts", "2", "--launch.inline")
+    code, said = fails(
+        capsys, "conf", "sample", "--model", base, "--out", out, *words, "conf-sample"
+    )
+    assert code == 1
+    assert "in each of 2 attempts" in said
+    assert not (out / "manifest.json").exists()
+
+
+def test_the_filter_knows_real_structures_from_broken_ones(simulated: Path) -> None:
+    from dataclasses import replace
+
+    real = rows(simulated)[:3]
+    assert sound(real) == [True] * 3
+    torn, folded = atoms_array(real[0]), atoms_array(real[1])
+    torn[2:] += 0.3
+    folded[2] = folded[0] + 0.02
+    broken = [replace(real[0], atoms=torn.tobytes()), replace(real[1], atoms=folded.tobytes())]
+    assert sound([*broken, real[2]]) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", "300"), "these networks are for 400 K"),
+        (("--gamma", "0.5"), "needs --unconditional"),
+        (("--correction", "smc", "--filter", "False"), "needs an energy network"),
+        (("--correction", "smc"), "give --filter False"),
+        (("--sequence", "AXA"), "'X'"),
+        (("--guidance", "force"), "needs such a network as --guide"),
+    ],
+)
+def test_wrong_sampling_is_refused(
+    options: tuple[str, ...],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    inline = ("--launch.inline", "conf-sample")
+    code, said = fails(capsys, "conf", "sample", "--model", base, "--out", out, *options, *inline)
+    assert code in (1, 2)
+    assert message in said
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_guide_of_another_chain_or_kind_is_refused(
+    base: Path, guides: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inline = ("--launch.inline", "conf-sample")
+    common = ("conf", "sample", "--out", tmp_path / "o", *inline)
+    force = guides["force"]
+    code, said = fails(capsys, *common, "--model", base, "--guide", force, "--sequence", "AAAA")
+    assert code == 2
+    assert "the guide was trained on AGA" in said
+    code, said = fails(capsys, *common, "--model", base, "--guide", base)
+    assert code == 1
+    assert "no guide" in said
+    code, said = fails(capsys, *common, "--model", force)
+    assert code == 1
+    assert "holds a ForceNetwork" in said
+
+
+def test_guidance_needs_energies_and_one_temperature(
+    simulated: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], conf: Conf
+) -> None:
+    plain = tmp_path / "plain"
+    pdb = simulated / "topology.pdb"
+    conf("structures", plain, pdb=pdb, traj=simulated / "replica0.xtc")
+    warm = tmp_path / "warm"
+    conf("structures", warm, "--temperature", "400", "--stride", "30", pdb=pdb,
+         traj=simulated / "replica0.xtc")  # fmt: skip
+    common = ("conf", "guide", "--model", base, "--out", tmp_path / "o")
+    inline = ("--launch.inline", "conf-guide")
+    code, said = fails(capsys, *common, "--data", plain, *inline)
+    assert (code, "data of one temperature" in said) == (1, True)
+    code, said = fails(capsys, *common, "--data", warm, *inline)
+    assert (code, "conf label computes them" in said) == (1, True)
+
+
+def test_a_trajectory_of_ones_own_is_the_same_as_the_rows_of_the_simulation(
+    simulated: Path, tmp_path: Path, conf: Conf
+) -> None:
+    figures = conf(
+        "structures",
+        tmp_path / "o",
+        "--stride",
+        "10",
+        pdb=simulated / "topology.pdb",
+        traj=simulated / "replica1.xtc",
+    )
+    assert figures["conformations"] == 6
+    mine, theirs = rows(tmp_path / "o"), rows(simulated)[60::10]
+    for one, two in zip(mine, theirs, strict=True):
+        a, b = atoms_array(one), atoms_array(two)
+        np.testing.assert_allclose(a - a[0, 1], b - b[0, 1], atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("structures",), "give structures with --pdb"),
+        (("md", "--sequence", "AZA"), "'Z'"),
+        (("md",), "give a sequence"),
+        (("md", "--sequence", "A", "--capped", "False"), "one residue"),
+        (("train", "--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = f"conf-{words[0]}"
+    code, said = fails(capsys, "conf", *words, "--out", tmp_path / "o", "--launch.inline", stage)
+    assert code in (1, 2)
+    assert message in said
+    assert "Traceback" not in said
