@@ -25,6 +25,8 @@ _NEEDS: dict[str, Sequence[Sequence[str]]] = {
     "image loop": (("torch",), ("diffusers",), ("scikit-learn",)),
     "learn (gymnasium)": (("torch",), ("gymnasium",), ("safetensors",)),
     "learn (MuJoCo tasks)": (("mujoco",),),
+    "conf md, label, evaluate": (("OpenMM",), ("mdtraj",), ("PeptideBuilder",), ("deeptime",)),
+    "conf train, guide, sample": (("torch",), ("roma",), ("mdtraj",), ("transformers",)),
     "compose, admm, consensus": (("torch",), ("scipy",), ("scikit-learn",), ("linearmodels",)),
 }
 

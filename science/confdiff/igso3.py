@@ -160,10 +160,12 @@ def score_norm(eps: Tensor) -> Tensor:
     Returns:
         (...) float64; 1 / eps if eps is small.
     """
-    eps = eps.double()[..., None]
-    middles, width = _middles(eps)
-    square = (score_over_angle(middles, eps) * middles) ** 2
-    return ((square * angle_density(middles, eps)).sum(-1) * width[..., 0] / 3).sqrt()
+    widths, row = torch.unique(eps.double(), return_inverse=True)
+    middles, width = _middles(widths[:, None])
+    square = (score_over_angle(middles, widths[:, None]) * middles) ** 2
+    mean = (square * angle_density(middles, widths[:, None])).sum(-1) * width[:, 0]
+    norm: Tensor = (mean / 3).sqrt()[row]
+    return norm
 
 
 def _distribution(eps_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr
 
 from sparring.launch.errors import SparringError
 
@@ -25,6 +25,7 @@ Float64 = npt.NDArray[np.float64]
 
 BINS = 50
 PSEUDO_COUNT = 1e-6
+_FLAT = 1e-9
 CLASH = 0.30
 """nm: two CA radii of 0.17 less 0.04 of overlap."""
 CA_BREAK = 0.42
@@ -97,7 +98,10 @@ def js_channels(
     js, hits = np.empty(test.shape[1]), np.empty(test.shape[1])
     for channel in range(test.shape[1]):
         spanned = reference[:, channel]
-        counts, edges = np.histogram(spanned, bins, range=limits)
+        low, high = limits or (spanned.min(), spanned.max())
+        if high - low < _FLAT:  # numpy widens a range of nothing so, but not one of rounding
+            low, high = low - 0.5, high + 0.5
+        counts, edges = np.histogram(spanned, bins, range=(low, high))
         mine, _ = np.histogram(test[:, channel], edges, weights=weights)
         hits[channel] = mine.sum()
         js[channel] = _js(len(test) * mine, counts)
@@ -105,8 +109,12 @@ def js_channels(
 
 
 def _js(test_counts: FloatArray, counts: FloatArray) -> float:
-    flat = [np.asarray(c, dtype=np.float64).ravel() + PSEUDO_COUNT for c in (test_counts, counts)]
-    return float(jensenshannon(*flat))
+    p, q = (np.asarray(c, dtype=np.float64).ravel() + PSEUDO_COUNT for c in (test_counts, counts))
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+    divergence = (rel_entr(p, middle).sum() + rel_entr(q, middle).sum()) / 2
+    # scipy's jensenshannon takes the root of rounding errors below zero: NaN for equal histograms.
+    return float(np.sqrt(max(divergence, 0.0)))
 
 
 def _check(test: FloatArray, reference: FloatArray) -> None:
@@ -186,8 +194,8 @@ def js_rg(
     test: FloatArray, reference: FloatArray, log_weights: FloatArray | None = None
 ) -> Distance:
     """The usual JS-Rg (Str2Str): JS of one number a structure, the radius of gyration."""
-    pair = (radius_of_gyration(x)[:, None] for x in (test, reference))
-    return _distance(js_channels(*pair, log_weights))
+    ours, theirs = radius_of_gyration(test)[:, None], radius_of_gyration(reference)[:, None]
+    return _distance(js_channels(ours, theirs, log_weights))
 
 
 class TicaModel:
@@ -210,8 +218,8 @@ class TicaModel:
         if lag < 1 or not usable:
             longest = max((len(ca) for ca in reference), default=0)
             raise SparringError(
-                f"TICA with a lag of {lag} frames needs a lag of at least 1 and a trajectory longer "
-                f"than it; the longest has {longest} frames"
+                f"TICA with a lag of {lag} frames needs a lag of at least 1 and a longer "
+                f"trajectory; the longest has {longest} frames"
             )
         if usable[0].shape[1] < 2:
             raise SparringError("TICA in two dimensions needs at least three residues")
@@ -247,9 +255,9 @@ def js_2d(
     """JS of a histogram over two channels; arguments as js_channels with C = 2."""
     _check(test, reference)
     weights = normalised(log_weights, len(test))
-    span = None if limits is None else [limits, limits]
-    counts, *edges = np.histogram2d(*np.asarray(reference).T, bins=bins, range=span)
-    mine, *_ = np.histogram2d(*np.asarray(test).T, bins=edges, weights=weights)
+    span: Any = None if limits is None else [limits, limits]
+    counts, *edges = np.histogram2d(reference[:, 0], reference[:, 1], bins, span)
+    mine, *_ = np.histogram2d(test[:, 0], test[:, 1], edges, weights=weights)
     return Distance(_js(len(test) * mine, counts), float(mine.sum()))
 
 
@@ -266,8 +274,8 @@ def js_phi_psi(
     """
     flat = [np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (test, reference)]
     defined = np.isfinite(flat[1][0])
-    pair = (_circle(x[:, defined]) for x in flat)
-    return _distance(js_channels(*pair, log_weights, (-np.pi, np.pi)))
+    ours, theirs = (_circle(x[:, defined]) for x in flat)
+    return _distance(js_channels(ours, theirs, log_weights, (-np.pi, np.pi)))
 
 
 def js_ramachandran(
@@ -291,13 +299,14 @@ def _circle(angles: FloatArray) -> Float64:
 
 def val_clash(ca: FloatArray, log_weights: FloatArray | None = None) -> float:
     """Val-Clash(CA): share of structures where no two CA (S, N, 3) are nearer than 0.30 nm."""
-    return weighted_mean((pair_distances(ca) >= CLASH).all(axis=1), log_weights)
+    valid = pair_distances(ca).min(axis=1) >= CLASH
+    return weighted_mean(valid.astype(np.float64), log_weights)
 
 
 def val_break(ca: FloatArray, log_weights: FloatArray | None = None) -> float:
     """Val-Break(CA): share of structures where no neighbouring CA are farther than 0.42 nm."""
     steps = np.linalg.norm(np.diff(ca, axis=1), axis=-1)
-    return weighted_mean((steps <= CA_BREAK).all(axis=1), log_weights)
+    return weighted_mean((steps.max(axis=1) <= CA_BREAK).astype(np.float64), log_weights)
 
 
 def peptide_break(atoms: FloatArray, log_weights: FloatArray | None = None) -> float:

@@ -146,7 +146,8 @@ def _grid(panels: Mapping[str, dict[str, Array]], keys: tuple[str, str], caption
         weights = np.repeat(p["weights"], repeats)
         height, *_ = np.histogram2d(p[keys[0]], p[keys[1]], bins=edges, weights=weights)
         with np.errstate(divide="ignore"):
-            energy = -np.log(height.T / height.sum())
+            # Nothing at all may lie on the reference's axes.
+            energy = -np.log(height.T / max(height.sum(), 1e-300))
         energy -= energy[np.isfinite(energy)].min() if np.isfinite(energy).any() else 0
         ax.pcolormesh(*edges, energy, vmin=0, vmax=7, cmap="viridis_r")
         ax.set_title(name, fontsize=9)

@@ -151,6 +151,7 @@ def solve(
     grid: Grid = "uniform",
     noise_scale: float = 1.0,
     start: Frames | None = None,
+    start_time: float = 1.0,
     record: bool = False,
 ) -> Solution:
     """Samples at t_min.
@@ -164,15 +165,19 @@ def solve(
         steps: K; the paper's sde has 1000, heun wants 50 to 100.
         grid: of times; quadratic for heun.
         noise_scale: factor of sde's noise; below 1 the samples are not p_0's, but colder.
-        start: (B, N) x_1 instead of the prior's.
+        start: (B, N) frames to start from instead of the prior's.
+        start_time: their t; below 1 to noise a structure in part and come back to others near it.
         record: keep the path.
 
     Raises:
-        ValueError: unknown solver or grid, steps < 1, or a state that is no longer finite.
+        ValueError: unknown solver or grid, steps < 1, a start_time without start, or a state that
+            is no longer finite.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, not {solver!r}")
-    path = times(process, steps, grid)
+    if start is None and start_time != 1:
+        raise ValueError(f"start_time is {start_time}, but there are no frames to start from")
+    path = times(process, steps, grid, start=start_time)
     first = process.prior(mask, noise.draw())
     x = first if start is None else start
     history = [(path[0], x)] if record else []

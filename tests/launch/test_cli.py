@@ -53,11 +53,19 @@ def test_help_is_immediate() -> None:
     assert min(times) < 0.5
 
 
+def test_a_family_of_commands_is_two_words(sparring: Any) -> None:
+    assert cli.joined(["conf", "md", "--seed", "1"]) == ["conf-md", "--seed", "1"]
+    assert cli.joined(["run", "conf"]) == ["run", "conf"]
+    assert {cli.spoken("conf-md"), cli.spoken("image-model")} == {"conf md", "image-model"}
+    code, _, err = sparring("conf", "mdd")
+    assert (code, "did you mean 'conf md'?" in err) == (2, True)
+
+
 def test_help_lists_every_command(sparring: Any) -> None:
     code, out, _ = sparring("--help")
     assert code == 0
     assert set(cli.COMMANDS) == set(cli._HANDLERS)
-    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert all(f"\n  {cli.spoken(name)} " in out for name in cli.COMMANDS)
     assert sparring()[1] == sparring("-h")[1] == sparring("help")[1] == out
 
 
@@ -71,7 +79,7 @@ def test_version(sparring: Any) -> None:
 def test_help_of_each_command(sparring: Any, command: str) -> None:
     code, out, _ = sparring(command, "--help")
     assert code == 0
-    assert f"usage: sparring {command}" in out
+    assert f"usage: sparring {cli.spoken(command)}" in out
 
 
 @pytest.mark.parametrize("command", ["recipes", "doctor"])

@@ -47,3 +47,12 @@ def test_admm_sme() -> None:
     assert found["fixed_point_error"] < 1e-10
     assert found["speed"]["baseline"] in ("torchsde sdeint euler", "one path after the other")
     assert found["speed"]["times_faster"] > 0
+
+
+def test_confdiff() -> None:
+    found = run("confdiff", "--quick", "--count", "150", "--samples", "2", "--rounds", "1")
+    assert found["igso3_norm_error"] < 1e-9
+    assert found["equivariance_error"] < 1e-12
+    assert abs(found["guided_mean"] - 0.75) < 4 * found["guided_error"]
+    assert abs(found["guided_var"] - 0.5) < 4 * found["guided_error"]
+    assert found["sampling_seconds_per_1000"] > 0

@@ -34,9 +34,7 @@ def series(omega: np.ndarray, eps: float) -> np.ndarray:
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("eps", EPS)
@@ -108,9 +106,7 @@ def test_sampled_angles_have_the_distribution(eps: float) -> None:
     error = drawn.std(0) / math.sqrt(len(drawn))
     assert bool((drawn.mean(0).abs() < 4 * error).all())
     if eps == UNIFORM:
-        expected = kstest(
-            drawn.norm(dim=-1).numpy(), lambda w: (w - np.sin(w)) / math.pi
-        )
+        expected = kstest(drawn.norm(dim=-1).numpy(), lambda w: (w - np.sin(w)) / math.pi)
         assert expected.pvalue > 1e-3
     if eps == 0.1:
         assert float(drawn.square().sum(-1).mean()) == pytest.approx(2.998e-2, rel=0.03)

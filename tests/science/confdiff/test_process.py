@@ -18,9 +18,7 @@ PROCESS = Process()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def frames(*shape: int, seed: int = 0) -> Frames:
@@ -111,8 +109,7 @@ def test_score_is_the_gradient_along_the_body_and_not_in_space() -> None:
     x = PROCESS.noised(clean, t, mask, draws(6, 3))
     score, way = PROCESS.score_given(x, clean, t, mask), draws(6, 3, seed=9).projected(mask)
     ends = [
-        PROCESS.log_prob(moved_along(x, way.times(sign * step)), clean, t, mask)
-        for sign in (1, -1)
+        PROCESS.log_prob(moved_along(x, way.times(sign * step)), clean, t, mask) for sign in (1, -1)
     ]
     torch.testing.assert_close(
         score.dot(way), (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,9 +24,7 @@ PROCESS = Process()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def everyone(*shape: int) -> Tensor:
@@ -62,7 +61,7 @@ def gaussian_score(variance: float) -> ScoreFunction:
 def test_sde_has_the_variance_of_its_recursion(steps: int, expected: float) -> None:
     # A linear score keeps a Gaussian one, whose variance follows from its coefficients alone.
     variance, path = 1.0, times(PROCESS, steps)
-    for t, s in zip(path[:-1], path[1:], strict=True):
+    for t, s in pairwise(path):
         step = float(PROCESS.beta(t)) * (t - s)
         variance = (1 - step / 2) ** 2 * variance + step
     # The expected numbers were measured on samples, with errors of about 0.01.
@@ -70,7 +69,9 @@ def test_sde_has_the_variance_of_its_recursion(steps: int, expected: float) -> N
     if steps > 100:
         return
     count, size = 500, 5
-    end = solve(gaussian_score(1.0), PROCESS, everyone(count, size), Draws(count, size), steps=steps)
+    end = solve(
+        gaussian_score(1.0), PROCESS, everyone(count, size), Draws(count, size), steps=steps
+    )
     found = float(end.x.translations.square().sum() / (3 * count * (size - 1)))
     assert abs(found - variance) < 4 * variance * math.sqrt(2 / (3 * count * (size - 1)))
     assert float(end.x.translations.sum(1).abs().max()) < 1e-9
@@ -180,9 +181,7 @@ def test_a_sample_ignores_its_batch_and_padding(solver: Solver) -> None:
     torch.testing.assert_close(together.x.rotations[1:2, :5], alone.x.rotations)
     assert together.score.x0 is not None
     assert alone.score.x0 is not None
-    torch.testing.assert_close(
-        together.score.x0.translations[1:2, :5], alone.score.x0.translations
-    )
+    torch.testing.assert_close(together.score.x0.translations[1:2, :5], alone.score.x0.translations)
     assert together.score.torsions is not None
     assert together.score.torsions.shape == (3, 9, 7, 2)
     assert [t for t, _ in together.history] == times(PROCESS, 4)
@@ -236,13 +235,29 @@ def test_bad_input() -> None:
         solve(broken, PROCESS, mask, Draws(1, 2), steps=3)
 
 
+def test_starting_from_a_structure() -> None:
+    # Heat to t = 0.1 and cool again: of two structures, those near the first stay there.
+    structures = Frames(identity(2, 2), normal(2, 2, 3, seed=2))
+    oracle = FiniteSet(PROCESS, structures, torch.zeros(2).double(), everyone(2))
+    mask, at = everyone(50, 2), 0.1
+    first = structures[torch.zeros(50, dtype=torch.long)]
+    warm = PROCESS.noised(first, at, mask, Draws(50, 2, seed=1).draw())
+    end = solve(
+        oracle, PROCESS, mask, Draws(50, 2), steps=20, start=warm, start_time=at, record=True
+    )
+    assert end.history[0] == (at, warm)
+    assert float(oracle.posterior(end.x, PROCESS.t_min)[:, 0].mean()) > 0.9
+    with pytest.raises(ValueError, match=r"start_time is 0\.1, but"):
+        solve(oracle, PROCESS, mask, Draws(50, 2), steps=20, start_time=at)
+
+
 def test_colder_noise() -> None:
     mask = everyone(300, 3)
     spreads = [
         float(
-            solve(
-                gaussian_score(1.0), PROCESS, mask, Draws(300, 3), steps=50, noise_scale=scale
-            ).x.translations.square().mean()
+            solve(gaussian_score(1.0), PROCESS, mask, Draws(300, 3), steps=50, noise_scale=scale)
+            .x.translations.square()
+            .mean()
         )
         for scale in (1.0, 0.5)
     ]

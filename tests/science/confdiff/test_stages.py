@@ -330,3 +330,51 @@ def test_bad_input_is_one_sentence(
     assert code in (1, 2)
     assert message in said
     assert "Traceback" not in said
+
+
+def test_labels_are_added_to_structures_without_them(
+    simulated: Path, tmp_path: Path, conf: Conf
+) -> None:
+    given = ("--stride", "20", "--temperature", "400")
+    pdb, traj = simulated / "topology.pdb", simulated / "replica0.xtc"
+    conf("structures", tmp_path / "plain", *given, pdb=pdb, traj=traj)
+    figures = conf("label", tmp_path / "o", "--chunk", "2", data=tmp_path / "plain")
+    assert figures["labelled"] == 3
+    # Hydrogens are relaxed, so that energies are below those of the thermal structures.
+    thermal = [row.energy for row in rows(simulated)[:60:20]]
+    for row, hot in zip(rows(tmp_path / "o"), thermal, strict=True):
+        assert row.energy is not None
+        assert hot is not None
+        assert row.energy < hot
+        assert row.forces is not None
+
+
+def test_an_ensemble_is_measured_against_a_reference(
+    simulated: Path, base: Path, tmp_path: Path, conf: Conf
+) -> None:
+    options = ("--energies", "5", "--lag", "2", "--platform", "Reference")
+    same = conf("evaluate", tmp_path / "same", *options, samples=simulated, reference=simulated)
+    assert max(same[name] for name in ("js_rg", "js_tic", "js_phi_psi")) < 1e-6
+    assert same["js_rg_floor"] > 0.1
+    assert same["energy"] == same["reference_energy"]
+    assert [same[k] for k in ("val_clash", "val_break", "ess")] == pytest.approx([1, 1, 1])
+    warm = conf("evaluate", tmp_path / "warm", *options, "--reweight", "330",
+                samples=simulated, reference=simulated)  # fmt: skip
+    assert 0.01 < warm["ess"] < 0.9
+    assert warm["js_phi_psi"] > 0
+    conf("sample", tmp_path / "s", *SAMPLING, "--num-samples", "4", model=base)
+    poor = conf("evaluate", tmp_path / "poor", *options, samples=tmp_path / "s",
+                reference=simulated)  # fmt: skip
+    assert poor["js_phi_psi"] > 0.4
+    assert (tmp_path / "poor" / "panels.npz").is_file()
+
+
+def test_reweighting_needs_energies(
+    simulated: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], conf: Conf
+) -> None:
+    conf("sample", tmp_path / "s", *SAMPLING, "--num-samples", "2", model=base)
+    words = ("conf", "evaluate", "--samples", tmp_path / "s", "--reference", simulated,
+             "--reweight", "350", "--out", tmp_path / "o", "--launch.inline",
+             "conf-evaluate")  # fmt: skip
+    code, said = fails(capsys, *words)
+    assert (code, "reweighting needs the energy" in said) == (1, True)

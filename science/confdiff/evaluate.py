@@ -1,0 +1,188 @@
+"""Stage `conf-evaluate`: an ensemble beside a reference of the same chain.
+
+Shape legend: S structures of the ensemble, R of the reference, N residues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparring.launch.errors import SparringError
+from sparring.launch.seeds import derive
+from sparring.launch.stages import Context, Figures
+from sparring.science.confdiff import atoms as atom14
+from sparring.science.confdiff import metrics
+from sparring.science.confdiff.config import (
+    ConformationEvaluateConfig,
+    inverse_temperature_change,
+)
+from sparring.science.confdiff.dataset import read_conformations
+from sparring.science.confdiff.labels import minimised_energies
+from sparring.science.confdiff.results import PANELS
+from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.structures import atoms_array, torsions_array
+
+Array = npt.NDArray[np.float64]
+
+
+class Ensemble:
+    """Rows of one chain as arrays.
+
+    Raises:
+        SparringError: the rows are of several chains.
+    """
+
+    def __init__(self, rows: Sequence[Conformation], where: Path) -> None:
+        chains = {(row.sequence, row.capped) for row in rows}
+        if len(chains) != 1:
+            raise SparringError(f"{where} has {len(chains)} chains; an ensemble is of one")
+        ((self.sequence, self.capped),) = chains
+        self.rows = rows
+        self.atoms: Array = np.stack([atoms_array(row) for row in rows]).astype(np.float64)
+        self.torsions: Array = np.stack([torsions_array(row) for row in rows]).astype(np.float64)
+
+    @property
+    def ca(self) -> Array:
+        """(S, N, 3) nm."""
+        return self.atoms[:, :, 1]
+
+    def phi_psi(self) -> Array:
+        """(S, N, 2) radians, NaN where undefined; psi by the next N where there is one."""
+        found = atom14.backbone_torsions(torch.from_numpy(self.atoms)).numpy()[..., 1:]
+        # The ends' are known from their own torsions only.
+        return np.where(np.isnan(found), self.torsions[..., 1:3], found)
+
+    def replicas(self, where: Path) -> list[Array]:
+        """CA of each replica of a simulation; all in one for other artifacts."""
+        count = len(list(where.glob("replica*.npz"))) or 1
+        return np.array_split(self.ca, count)
+
+
+def weights_of(ensemble: Ensemble, reweight: float) -> Array | None:
+    """(S,) log-weights: those of a corrected sample, and of a change of temperature.
+
+    Raises:
+        SparringError: the change is asked for, and energies or the temperature are not known.
+    """
+    rows = ensemble.rows
+    logs = np.array([row.log_weight or 0.0 for row in rows])
+    if not reweight:
+        return logs if logs.any() else None
+    temperatures = {row.temperature for row in rows}
+    if temperatures == {None} or len(temperatures) > 1 or any(r.energy is None for r in rows):
+        raise SparringError(
+            "reweighting needs the energy and the temperature of every structure: those of conf md"
+        )
+    (source,) = temperatures
+    assert source is not None
+    energies = np.array([row.energy for row in rows], dtype=np.float64)
+    return logs - inverse_temperature_change(reweight, source) * (energies - energies.mean())
+
+
+def relaxed_energies(
+    ensemble: Ensemble, config: ConformationEvaluateConfig, seed: int
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Energies in kJ/mol of some structures with hydrogens added and side chains relaxed.
+
+    The backbone is tied to where it is, by springs that the energy does not count.
+
+    Returns:
+        (E,) energies, and which structures they are of; those whose atoms lie on each other are
+        left out.
+    """
+    count = min(config.energies, len(ensemble.rows))
+    if not count:
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(ensemble.rows))[:count])
+    energies = minimised_energies(
+        ensemble.sequence,
+        ensemble.atoms[chosen],
+        ensemble.torsions[chosen],
+        ensemble.capped,
+        config.solvent,
+        config.platform,
+    )
+    finite = np.isfinite(energies)
+    return np.asarray(energies[finite], dtype=np.float64), chosen[finite]
+
+
+def _panel(
+    ensemble: Ensemble, tica: metrics.TicaModel | None, logs: Array | None
+) -> dict[str, Array]:
+    """What pictures are drawn from."""
+    angles = np.degrees(ensemble.phi_psi())
+    known = np.isfinite(angles[0]).all(-1)
+    tic = tica(ensemble.ca) if tica else np.zeros((len(ensemble.rows), 2))
+    return {
+        "phi": angles[:, known, 0].ravel(),
+        "psi": angles[:, known, 1].ravel(),
+        "tic1": tic[:, 0],
+        "tic2": tic[:, 1],
+        "rg": metrics.radius_of_gyration(ensemble.ca),
+        "weights": metrics.normalised(logs, len(ensemble.rows)),
+    }
+
+
+def _energy_figures(energies: Array, logs: Array | None) -> dict[str, float]:
+    if not len(energies):
+        return {}
+    mean = metrics.weighted_mean(energies, logs)
+    spread = metrics.weighted_mean((energies - mean) ** 2, logs)
+    return {"energy": mean, "energy_std": float(np.sqrt(spread)), "energies": float(len(energies))}
+
+
+def run(
+    config: ConformationEvaluateConfig,
+    inputs: Mapping[str, Path],
+    output: Path,
+    context: Context,
+) -> Figures:
+    """Figures in the manifest, and panels.npz for pictures.
+
+    Raises:
+        SparringError: different chains, or energies that reweighting needs are missing.
+    """
+    sample = Ensemble(read_conformations([inputs["samples"]]), inputs["samples"])
+    reference = Ensemble(read_conformations([inputs["reference"]]), inputs["reference"])
+    if sample.sequence != reference.sequence:
+        raise SparringError(
+            f"the samples are of {sample.sequence[:40]}, the reference of {reference.sequence[:40]}"
+        )
+    logs = weights_of(sample, config.reweight)
+    replicas = reference.replicas(inputs["reference"])
+    figures: Figures = metrics.compare(sample.ca, replicas, config.lag, logs)
+    angles = [ensemble.phi_psi() for ensemble in (sample, reference)]
+    torsions = metrics.js_phi_psi(*angles, logs)
+    floor = metrics.noise_floor(
+        metrics.js_phi_psi, np.array_split(angles[1], max(len(replicas), 1))
+    )
+    figures |= {
+        "js_phi_psi": torsions.js,
+        "js_phi_psi_hit_rate": torsions.hit_rate,
+        "js_phi_psi_floor": floor.js,
+        "peptide_break": metrics.peptide_break(sample.atoms, logs),
+        "structures": float(len(sample.rows)),
+        "ess": metrics.effective_sample_size(logs) if logs is not None else 1.0,
+    }
+    tica = metrics.TicaModel(replicas, config.lag) if len(sample.sequence) > 2 else None
+    panels = _panel(sample, tica, logs)
+    panels |= {f"reference_{k}": v for k, v in _panel(reference, tica, None).items()}
+    # The same draw for all ensembles that are compared with this reference.
+    for name, ensemble, weights in (("", sample, logs), ("reference_", reference, None)):
+        energies, chosen = relaxed_energies(ensemble, config, derive(context.seed, "energies"))
+        mine = None if weights is None else weights[chosen]
+        figures |= {f"{name}{k}": v for k, v in _energy_figures(energies, mine).items()}
+        panels |= {
+            f"{name}energy": energies,
+            f"{name}energy_weights": metrics.normalised(mine, len(energies))
+            if len(energies)
+            else energies,
+        }
+    with (output / PANELS).open("wb") as file:
+        np.savez(file, **panels)
+    return figures
