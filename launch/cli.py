@@ -260,7 +260,8 @@ def _stage_options(command: str, arguments: Sequence[str]) -> tuple[Any, Any, An
 
 def _stage(call: _Invocation) -> int:
     """Run one stage on files: ``sparring generate --model … --prompts … --out …``."""
-    from sparring.launch import runs, stages
+    from sparring.launch import stages
+    from sparring.launch.calls import make
     from sparring.launch.progress import Reporter
 
     pipeline, stage, options = _stage_options(call.command, call.arguments)
@@ -273,20 +274,15 @@ def _stage(call: _Invocation) -> int:
             # A policy may be named instead of given as a folder.
             named = "model" in name and not path.exists()
             inputs[name] = pipeline.locate(str(path)) if named else path
-    step = stages.Step(options.out.name, stage, options.settings, {}, options.seed)
-    reporter = Reporter(quiet=call.as_json)
-    lock = options.out.with_name(f".{options.out.name}.lock")
-    with runs.locked(lock, options.out), runs.sigterm_stops():
-        reporter.start(call.command)
-        artifact, fresh = stages.execute(
-            step,
-            inputs,
-            options.out,
-            options.launch,
-            logs=options.out.parent / "logs",
-            on_event=reporter.event,
-        )
-        reporter.stop(runs.describe(artifact) if fresh else "kept, it was there already")
+    artifact, fresh = make(
+        stage,
+        options.settings,
+        inputs,
+        options.out,
+        seed=options.seed,
+        launch=options.launch,
+        reporter=Reporter(quiet=call.as_json),
+    )
     result = {"out": str(options.out), "digest": artifact.digest, "computed": fresh}
     text = f"{options.out}: {', '.join(artifact.manifest['files'])}"
     if stage.text:

@@ -130,10 +130,10 @@ def rmwd(
     """Root of the mean over atoms of the squared W2 of Gaussians fitted to each atom's places.
 
     Args:
-        test: (S, N, 3), superposed on `onto` first, as is
+        test: (S, N, 3).
         reference: (R, N, 3).
-        onto: (N, 3).
-        log_weights: (S,).
+        onto: (N, 3), what both are superposed on first.
+        log_weights: (S,), of the test structures.
     """
     ours, theirs = superposed(test, onto), superposed(reference, onto)
     weights = normalised(log_weights, len(ours)), normalised(None, len(theirs))

@@ -196,7 +196,7 @@ def test_two_replicas_agree_and_reweight(tmp_path: Path) -> None:
     """phi/psi of two seeds; mean energy of 400 K frames reweighted to 350 K against direct MD."""
     simulations = {
         kelvin: Simulation(
-            sequence="A", temperature=kelvin, frames=4000, interval=1.0, equilibration=50,
+            sequence="A", temperature=kelvin, frames=1000, interval=1.0, equilibration=50,
             replicas=2, seed=1,
         )
         for kelvin in (400.0, 350.0)
@@ -209,10 +209,10 @@ def test_two_replicas_agree_and_reweight(tmp_path: Path) -> None:
         angles[kelvin] = np.array([torsions_array(row)[0, 1:3] for row in rows])
     half = len(energy[400.0]) // 2
     counts = [
-        np.histogram2d(*part.T, bins=12, range=[[-np.pi, np.pi]] * 2)[0].ravel() / half
+        np.histogram2d(*part.T, bins=8, range=[[-np.pi, np.pi]] * 2)[0].ravel() / half
         for part in (angles[400.0][:half], angles[400.0][half:])
     ]
-    assert np.abs(counts[0] - counts[1]).sum() / 2 < 0.15  # total variation
+    assert np.abs(counts[0] - counts[1]).sum() / 2 < 0.2  # total variation
     k = 1 / (GAS_CONSTANT * 350) - 1 / (GAS_CONSTANT * 400)
     weights = np.exp(-k * (energy[400.0] - energy[400.0].min()))
     weights /= weights.sum()
