@@ -217,6 +217,8 @@ class ConformationSampleConfig:
     steps."""
     steps: int = 200
     """Network calls of a sample (heun: twice so many)."""
+    grid: Literal["uniform", "quadratic"] = "uniform"
+    """Times of the steps: the paper's, or finer towards the end, which heun wants."""
     gamma: float = 1.0
     """Weight of the conditional score; the unconditional one has the rest."""
     eta: float = 1.0

@@ -11,11 +11,11 @@ Shape legend: B samples, N residues, A atoms of a residue, M = N A atoms, F fram
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparring.science.confdiff.config import LossConfig
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.tangent import Tangent
@@ -24,26 +24,8 @@ ANGSTROM = 10.0
 """Å in a nm."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Factors of the terms; the paper's."""
-
-    rotation: float = 0.5
-    """L_rot."""
-    translation: float = 1.0
-    """L_trans."""
-    backbone: float = 0.25
-    """L_bb."""
-    distance: float = 0.25
-    """L_dist."""
-    torsion: float = 0.25
-    """L_tors."""
-    fape: float = 1.0
-    """L_fape."""
-
-
-def total(terms: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
-    """(B,) weighted sum of terms (B,) by the names of the fields of `LossWeights`.
+def total(terms: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
+    """(B,) weighted sum of terms (B,) by the names of the fields of `LossConfig`.
 
     Raises:
         ValueError: a term that has no weight.

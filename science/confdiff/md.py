@@ -28,8 +28,8 @@ from sparring.launch import artifacts
 from sparring.launch.errors import SparringError
 from sparring.launch.seeds import derive
 from sparring.science.confdiff import atoms as atom14
+from sparring.science.confdiff.config import GAS_CONSTANT
 from sparring.science.confdiff.physics import (
-    GAS_CONSTANT,
     Float64,
     Molecule,
     Platform,

@@ -31,8 +31,6 @@ Solvent = Literal["obc2", "gbn2", "vacuum"]
 Platform = Literal["CPU", "Reference", "CUDA", "OpenCL"]
 Float64 = npt.NDArray[np.float64]
 
-GAS_CONSTANT = 8.31446261815324e-3
-"""kJ/mol/K."""
 DISULFIDE = 0.25
 """nm between two SG below which they are taken to be bonded (a bond is 0.205)."""
 

@@ -206,6 +206,7 @@ class ConformationSampler:
             noise,
             solver=self.settings.solver,
             steps=self.settings.steps,
+            grid=self.settings.grid,
         )
         return self.rows(made.x, made.score, told)
 
@@ -226,6 +227,7 @@ class ConformationSampler:
                 derive(self.seed, "resample", numbers[0]) % 2**63
             ),
             steps=self.settings.steps,
+            grid=self.settings.grid,
             resample_below=RESAMPLE_BELOW if resample else 0.0,
         )
         rows = self.rows(made.x, made.score, told)

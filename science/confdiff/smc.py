@@ -104,7 +104,7 @@ def twisted(
         mask: (B, N) bool.
         noise: as for `solve`.
         terminal: k E of (x, t_min).
-        twist: E_t of (x, t) for the times between; None for 0, if particles are not resampled.
+        twist: E_t between; None for 0, if particles are not resampled.
         eta: factor of the force; 1 has the least spread of weights if the force is right.
         generator: on the CPU, for resampling. It makes a sample depend on its whole population.
         steps: K.
@@ -121,32 +121,29 @@ def twisted(
     path = times(process, steps, grid)
     first = process.prior(mask, noise.draw())
     x = first if start is None else start
-    count = len(mask)
-    zero = torch.zeros(count, dtype=torch.float64, device=mask.device)
-
-    def log_psi(x: Frames, s: float) -> Tensor:
-        if s == path[-1]:
-            return -terminal(x, s).double()
-        return zero if twist is None else -twist(x, s).double()
-
-    psi = log_psi(x, path[0])
-    log_weights, ancestors, ess = psi, torch.arange(count, device=mask.device), []
+    between = twist or _nothing
+    psi = -between(x, path[0]).double()
+    log_weights, ancestors, ess = psi, torch.arange(len(mask), device=mask.device), []
     for t, s in pairwise(path):
         score = base(x, t)
         guided = score if force is None else score.moved(force(x, t), -eta)
         x, change = _step(process, score, guided, x, noise.draw().projected(mask), t, s)
         check_finite(x, mask, s)
-        before, psi = psi, log_psi(x, s)
+        before, psi = psi, -(terminal if s == path[-1] else between)(x, s).double()
         log_weights = log_weights + change + psi - before
         if not bool(log_weights.isfinite().all()):
             raise ValueError(f"weights are not finite at t = {s:.4g}; is an energy infinite there?")
         ess.append(float(kish(log_weights)))
-        if ess[-1] < resample_below * count and s != path[-1]:
+        if ess[-1] < resample_below * len(mask) and s != path[-1]:
             assert generator is not None
             kept = systematic(log_weights, float(torch.rand((), generator=generator)))
             x, psi, ancestors = x[kept], psi[kept], ancestors[kept]
-            log_weights = zero + log_weights.logsumexp(0) - math.log(count)
+            log_weights = (log_weights.logsumexp(0) - math.log(len(mask))).expand(len(mask))
     return Population(x, base(x, path[-1]), log_weights, ancestors, ess)
+
+
+def _nothing(x: Frames, t: float) -> Tensor:
+    return x.translations.new_zeros(len(x.translations))
 
 
 def _step(

@@ -129,8 +129,8 @@ def loss_terms(
 
 def _weighted(terms: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
     if weights.plain:
-        return terms["translation"] + terms["rotation"] + weights.torsion * terms["torsion"]
-    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)
+        weights = dataclasses.replace(weights, translation=1.0, rotation=1.0)
+    return losses.total(terms, weights)
 
 
 class ConformationTrainer:

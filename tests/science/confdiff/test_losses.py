@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparring.science.confdiff.config import LossConfig
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance_losses import (
     boltzmann_weights,
@@ -19,7 +20,6 @@ from sparring.science.confdiff.guidance_losses import (
 )
 from sparring.science.confdiff.igso3 import exp_rotation
 from sparring.science.confdiff.losses import (
-    LossWeights,
     axis_angle_loss,
     backbone_loss,
     distance_loss,
@@ -176,17 +176,18 @@ def test_names_of_symmetric_atoms() -> None:
 
 def test_total() -> None:
     terms = {"rotation": torch.tensor([2.0]), "fape": torch.tensor([3.0])}
-    assert float(total(terms, LossWeights())) == pytest.approx(4.0)
-    assert vars(LossWeights()) == {
+    assert float(total(terms, LossConfig())) == pytest.approx(4.0)
+    assert vars(LossConfig()) == {
         "rotation": 0.5,
         "translation": 1.0,
         "backbone": 0.25,
         "distance": 0.25,
         "torsion": 0.25,
         "fape": 1.0,
+        "plain": False,
     }
     with pytest.raises(ValueError, match=r"no weight for \['chi'\]"):
-        total({"chi": terms["fape"]}, LossWeights())
+        total({"chi": terms["fape"]}, LossConfig())
 
 
 # From here on: on a line, q_0 = N(0, 1) and k E = (x - 1.5)^2 / 2, so that p_0 = N(0.75, 0.5). The

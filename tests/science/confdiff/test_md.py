@@ -12,8 +12,9 @@ import pytest
 
 from sparring.launch.errors import SparringError, Stopped
 from sparring.science.confdiff import md, structures, topologies
+from sparring.science.confdiff.config import GAS_CONSTANT
 from sparring.science.confdiff.md import Simulation, conformations, run_replica, simulate
-from sparring.science.confdiff.physics import GAS_CONSTANT, Molecule, Potential, rigid_forces
+from sparring.science.confdiff.physics import Molecule, Potential, rigid_forces
 from sparring.science.confdiff.structures import atoms_array, forces_array, torsions_array
 
 SHORT = Simulation(
