@@ -64,7 +64,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_sharding_equals_one_process(world: int, tmp_path: Path) -> None:
     """Oracles 9, 13, 14; straddling matrices, uneven padding, a group of fewer than W elements."""
     wrong = []

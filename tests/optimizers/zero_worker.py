@@ -270,6 +270,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(gathered))
     dist.barrier()
+    # gloo's threads must have ended when the interpreter does, or it aborts now and then.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
