@@ -158,11 +158,16 @@ class ConformationTrainConfig(TrainingConfig):
     sequence: bool = True
     """Tell the network the amino acids; without them it is the unconditional model of the
     mixture."""
+    t_min: float = 0.01
+    """Earliest time, where sampling ends: the paper's, with 0.45 A of noise left. 0.001 leaves 0.1
+    A, and asks for more steps in sampling."""
     loss: LossConfig = LossConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("train.steps", self.steps)
+        if not 0 < self.t_min < 0.5:
+            raise ValueError(f"train.t_min is a time above 0 and below 0.5, not {self.t_min}")
 
 
 @config

@@ -198,6 +198,7 @@ def new_network(
         sequence=settings.sequence,
         node_dim=representations.node_dim if representations else 0,
         edge_dim=representations.edge_dim if representations else 0,
+        process=dataclasses.asdict(Process(t_min=settings.t_min)),
     )
     return ConformationNetwork(config)
 

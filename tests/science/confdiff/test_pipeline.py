@@ -83,6 +83,7 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"seeds": 0}, "seeds must be"),
         ({"target": 0}, "target must be"),
         ({"train": {"steps": 0}}, "steps must be"),
+        ({"train": {"t_min": 0}}, "t_min is a time"),
         ({"guide": {"anchor": -1}}, "anchor"),
     ],
 )
