@@ -240,6 +240,8 @@ class ConformationSampleConfig:
     """Tries of each sample before the stage fails."""
     batch: int = 100
     """Structures that are sampled together, a shard."""
+    energies: bool = False
+    """Put energies of OpenMM into samples.npz, with hydrogens added and side chains relaxed."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps", "attempts", "batch"):

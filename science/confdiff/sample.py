@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sparring.launch import artifacts, shards
 from sparring.launch.collective import device
@@ -37,6 +36,7 @@ from sparring.science.confdiff.guidance import (
     NetworkScore,
 )
 from sparring.science.confdiff.guide import KINDS
+from sparring.science.confdiff.labels import minimised_energies
 from sparring.science.confdiff.md_stage import chosen_sequence
 from sparring.science.confdiff.network import (
     ConformationConfig,
@@ -309,7 +309,17 @@ def finish(
     caps = atom14.cap_atoms(frames, turns, types).numpy() if first.capped else None
     write(output, first.sequence, atoms, caps)
     weights = torch.tensor([row.log_weight or 0.0 for row in rows], dtype=torch.float64)
-    _save_arrays(output, frames, torsions, weights)
+    arrays: dict[str, Any] = {
+        "rotations": frames.rotations.numpy(),
+        "translations": frames.translations.numpy(),
+        "torsions": torsions,
+        "log_weights": weights.numpy(),
+    }
+    if config.energies:
+        heavy = (atoms.astype(np.float64), torsions.astype(np.float64))
+        arrays["energies"] = minimised_energies(first.sequence, *heavy, first.capped)
+    with (output / "samples.npz").open("wb") as file:
+        np.savez(file, **arrays)
     write_rows(output / CONFORMATIONS, Conformation, rows)
     artifacts.write_json(
         output / "run.json",
@@ -329,14 +339,3 @@ def finish(
         "attempts": sum(row.attempts or 1 for row in rows) / len(rows),
         "effective": float(kish(weights)) / len(rows),
     }
-
-
-def _save_arrays(output: Path, frames: Frames, torsions: Any, weights: Tensor) -> None:
-    with (output / "samples.npz").open("wb") as file:
-        np.savez(
-            file,
-            rotations=frames.rotations.numpy(),
-            translations=frames.translations.numpy(),
-            torsions=torsions,
-            log_weights=weights.numpy(),
-        )

@@ -182,7 +182,7 @@ def test_sampled_files_open_in_mdtraj_and_hold_the_same(
     import mdtraj
 
     out = tmp_path / "out"
-    conf("sample", out, *SAMPLING, "--num-samples", "4", model=base)
+    conf("sample", out, *SAMPLING, "--num-samples", "4", "--energies", "True", model=base)
     trajectory = mdtraj.load(out / "samples.xtc", top=out / "topology.pdb")
     assert trajectory.n_frames == 4
     assert [r.name for r in trajectory.topology.residues] == ["ACE", "ALA", "GLY", "ALA", "NME"]
@@ -194,6 +194,7 @@ def test_sampled_files_open_in_mdtraj_and_hold_the_same(
         determinants = np.linalg.det(data["rotations"])
         np.testing.assert_allclose(determinants, 1, atol=1e-4)
         assert data["log_weights"].tolist() == [0.0] * 4
+        assert data["energies"].shape == (4,)
     assert json.loads((out / "run.json").read_text())["sequence"] == "AGA"
 
 
