@@ -59,9 +59,11 @@ def figures(paths: Sequence[Path]) -> list[dict[str, float]]:
 
 
 def _floor(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
-    """What a half of the reference scores against the other half."""
+    """What a half of the reference scores against the other half, and its energies."""
     first = next(iter(rows.values()))[0]
-    return {k.removesuffix("_floor"): v for k, v in first.items() if k.endswith("_floor")}
+    found = {k.removesuffix("_floor"): v for k, v in first.items() if k.endswith("_floor")}
+    known = ("energy", "energy_std")
+    return found | {k: first[f"reference_{k}"] for k in known if f"reference_{k}" in first}
 
 
 def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
@@ -115,7 +117,7 @@ def _distribution(panels: Mapping[str, dict[str, Array]], key: str, label: str) 
         return None
     everything = np.concatenate([p[key] for p in given.values()])
     low, high = (float(q) for q in np.quantile(everything, (0.002, 0.998)))
-    edges = np.linspace(low, high, 41)
+    edges = np.linspace(low, high, 21 if min(len(p[key]) for p in given.values()) < 1000 else 41)
     middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
     series = []
     for name, p in given.items():
@@ -132,9 +134,9 @@ def _grid(panels: Mapping[str, dict[str, Array]], keys: tuple[str, str], caption
 
     from sparring.launch.report import png
 
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(2.7 * columns, 2.4 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     if keys == ("phi", "psi"):
         edges = [np.linspace(-180, 180, 49)] * 2
@@ -156,7 +158,7 @@ def _grid(panels: Mapping[str, dict[str, Array]], keys: tuple[str, str], caption
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return png(buffer.getvalue(), caption=caption)
 
 
@@ -171,7 +173,7 @@ def _pictures(recipe: ConformationRecipe, run: Path) -> list[Section]:
     }
     panels = {f"MD {recipe.target:g} K": reference, **panels}
     lines = [
-        _distribution(panels, "energy", "energy after relaxation of hydrogens, kJ/mol"),
+        _distribution(panels, "energy", "energy with side chains relaxed, kJ/mol"),
         _distribution(panels, "rg", "radius of gyration of CA, nm"),
     ]
     maps = [
@@ -184,21 +186,35 @@ def _pictures(recipe: ConformationRecipe, run: Path) -> list[Section]:
     ]
 
 
+def _window(count: int) -> int:
+    return max(1, count // 40)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Means over the steps before, as many as there are near the start."""
+    window = _window(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return [float(x) for x in (sums[ends] - sums[starts]) / (ends - starts)]
+
+
 def _training(recipe: ConformationRecipe, run: Path) -> Section:
     charts = []
     for name in ("base", "unconditional", "energy", "force"):
         path = run / "seed0" / name / "metrics.jsonl"
         metrics = read_metrics(path) if path.is_file() else []
         if metrics:
-            steps, loss = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-            label = f"loss of {name}"
+            steps = [m["step"] for m in metrics]
+            label, values = "loss", [m["loss"] for m in metrics]
+            if "blank" in metrics[0]:
+                # The loss of a guide is nearly all noise that no network can predict.
+                label = "gain over knowing nothing"
+                values = [m["blank"] - m["loss"] for m in metrics]
+            caption = f"{label}, {name}; means over {_window(len(steps))} steps"
+            series = [Series(name, steps, _smooth(values))]
             charts.append(
-                line_chart(
-                    [Series(name, steps, loss)],
-                    x_label="optimizer step",
-                    y_label=label,
-                    caption=label,
-                )
+                line_chart(series, x_label="optimizer step", y_label=label, caption=caption)
             )
     return Section("Training", charts=charts)
 
@@ -212,7 +228,7 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         note = (
             f"Against MD at {recipe.target:g} K, on which nothing was trained. Means over seeds "
             "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83); energies in kJ/mol "
-            "after relaxation of hydrogens, the same for all; ess: share of effective samples."
+            "with hydrogens added and side chains relaxed, the same for all; ess: effective share."
         )
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
