@@ -14,36 +14,6 @@ from typing import Annotated, Any, TextIO
 from sparring.launch.errors import SparringError, Stopped, UsageError
 
 _RESUME = "stopped; run the same command again to go on"
-STAGE_COMMANDS = (
-    "prompts",
-    "generate",
-    "merge",
-    "parity",
-    "judge",
-    "pair",
-    "reference",
-    "train",
-    "extrapolate",
-    "evaluate",
-    "images",
-    "image-model",
-    "generate-images",
-    "encode-images",
-    "train-images",
-    "evaluate-images",
-    "text-data",
-    "train-text-diffusion",
-    "sample-text-diffusion",
-    "evaluate-text-diffusion",
-    "conf-md",
-    "conf-structures",
-    "conf-label",
-    "conf-train",
-    "conf-guide",
-    "conf-sample",
-    "conf-evaluate",
-)
-
 COMMANDS = {
     "demo": "improve a small real model on this machine, in about ten minutes",
     "run": "run a recipe; run it again to resume",
@@ -80,6 +50,9 @@ COMMANDS = {
     "doctor": "say which stages can run here, and why not",
 }
 
+
+_OTHERS = ("demo", "run", "plan", "report", "recipes", "doctor")
+STAGE_COMMANDS = tuple(name for name in COMMANDS if name not in _OTHERS)
 
 _FAMILY = "conf"  # commands that are two words: `sparring conf md`
 
