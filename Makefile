@@ -8,6 +8,10 @@ SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 STAMP := $(VENV)/.installed-$(SET)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Two workers: a test starts up to three processes of its own, and each worker needs up to 6 GB.
+# A file's tests stay together, for they share what they computed.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: install demo test test-all check format clean
 
 install: $(STAMP)
@@ -28,10 +32,10 @@ demo: install
 	$(BIN)/sparring demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: install
 	$(BIN)/ruff check .

@@ -48,6 +48,8 @@ class PromptsConfig:
     """What happens to a longer prompt: the run ends, or goes on without it and counts it."""
     split: str = "train"
     """Split of a data set."""
+    turns: Literal["all", "first"] = "all"
+    """Of the conversations of a file or data set: all turns, or the first and its answer (SPIN)."""
 
     def __post_init__(self) -> None:
         positive("prompts.max_tokens", self.max_tokens)

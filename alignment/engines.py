@@ -68,7 +68,7 @@ def vllm_environment(config: GenerateConfig, world: World) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     cores = sorted(os.sched_getaffinity(0))
-    share = cores[world.local_rank :: world.size] or cores
+    share = cores[world.local_rank :: world.local_size] or cores
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, share)))
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(int(config.memory) or 2))

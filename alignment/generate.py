@@ -116,7 +116,7 @@ def finish(
     sampled = sum(len(row.response_ids) for row in rows)
     empty = sum(not row.text for row in rows)
     if empty:
-        context.emit(note=f"{empty} of {len(rows)} responses are empty; no pair will use them")
+        context.emit(note=f"{empty} of {len(rows)} responses are empty; they are judged as such")
     return {
         "responses": len(rows),
         "tokens": sampled,

@@ -5,14 +5,18 @@ Legend: B rows, T positions, H hidden size, V vocabulary, N response tokens of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from sparring.launch.errors import SparringError
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,68 @@ class ScoredPolicy(nn.Module):
         hidden_NH = hidden_BTH[:, :-1][scored_BT]
         target_N = ids_BT[:, 1:][scored_BT]
         row_N = scored_BT.nonzero()[:, 0]
-        size = self.logits_chunk
+        chunks = self._chunks(len(target_N), target_N.device)
         # Logits are V times larger than anything else here: where they do not fit into one chunk
         # they are computed again going backward, instead of kept.
-        recompute = torch.is_grad_enabled() and len(target_N) > size
+        recompute = torch.is_grad_enabled() and chunks > 1
+        size = self.logits_chunk
         logp_N = torch.cat(
             [
                 self._token_logps(hidden_NH[n : n + size], target_N[n : n + size], recompute)
-                for n in range(0, max(1, len(target_N)), size)
+                for n in range(0, chunks * size, size)
             ]
         )
         total_B = torch.zeros(len(ids_BT), dtype=torch.float32, device=logp_N.device)
         return total_B.index_add(0, row_N, logp_N)
 
+    def _chunks(self, count: int, device: torch.device) -> int:
+        """Calls of the head for so many tokens.
+
+        Under ZeRO-3 every call gathers the head's weights from all ranks, so they all make as many
+        as the rank with most tokens; the last are of no token.
+        """
+        chunks = torch.tensor(max(1, math.ceil(count / self.logits_chunk)), device=device)
+        if any(hasattr(weight, "ds_id") for weight in self._head.parameters()):
+            torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+        return int(chunks)
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """What the whole model makes of last hidden states, (N, H) -> (N, V) float32."""
+        logits: Tensor = self._head(hidden_NH).float()
+        config = self.model.config.get_text_config()
+        # Between the head and the logits some families scale (Cohere; Granite divides) or cap
+        # (Gemma 2 and later).
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def verify(self, ids: Sequence[int]) -> None:
+        """Check on one text that `logits` are the model's own.
+
+        Raises:
+            SparringError: this model does more behind its head than is known here.
+        """
+        ids_1T = torch.tensor([list(ids)], device=self.model.device)
+        hidden_1TH = self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+        ours, theirs = self.logits(hidden_1TH[0]), self.model(input_ids=ids_1T).logits[0].float()
+        difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+        # Half precision rounds a cap's or a scale's result, which stays in float32 here.
+        if not difference <= (0.01 if self.model.dtype == torch.float32 else 0.5):
+            raise SparringError(
+                f"{type(self.model).__name__} does something between its head and its logits that "
+                f"log-probabilities here leave out (they differ by {difference:.2g}); such models "
+                "cannot be trained yet"
+            )
+
     def _token_logps(self, hidden_NH: Tensor, target_N: Tensor, recompute: bool) -> Tensor:
         def score(hidden: Tensor, target: Tensor) -> Tensor:
-            logits = self.model.get_output_embeddings()(hidden).float()
+            logits = self.logits(hidden)
             return -F.cross_entropy(logits, target, reduction="none")
 
         if recompute:
@@ -133,7 +183,7 @@ def sampling_logps(
     logps, above = [], []
     for n in range(0, len(hidden_NH), policy.logits_chunk):
         part = slice(n, n + policy.logits_chunk)
-        logits = model.get_output_embeddings()(hidden_NH[part]).float() / temperature
+        logits = policy.logits(hidden_NH[part]) / temperature
         logp_NV = logits.log_softmax(-1)
         chosen_N1 = logp_NV.gather(1, ids_1T[0, first:][part].unsqueeze(1))
         above.append(logp_NV.exp().masked_fill(logp_NV <= chosen_N1, 0).sum(1))

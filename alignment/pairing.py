@@ -17,7 +17,7 @@ from sparring.alignment.prompting import read_prompt_set
 from sparring.alignment.response_files import read_responses, with_ids
 from sparring.alignment.rows import Judged, Pair, Response
 from sparring.alignment.stages import PairStage
-from sparring.launch.errors import SparringError
+from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures, load
@@ -25,6 +25,7 @@ from sparring.launch.stages import Context, Figures, load
 
 def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Write ``pairs.parquet`` (this iteration's, with the previous one's where mixed in)."""
+    _check_inputs(config, inputs)
     responses = read_responses(inputs["responses"])
     made = (
         _real_generated(config, inputs, responses)
@@ -62,12 +63,26 @@ def run(config: PairStage, inputs: Mapping[str, Path], output: Path, context: Co
     }
 
 
+def _check_inputs(config: PairStage, inputs: Mapping[str, Path]) -> None:
+    needed, why = (
+        ("model", "the policy whose tokenizer encodes the human responses")
+        if config.rule == REAL_GENERATED
+        else ("judged", "the judge's artifact of these responses")
+    )
+    if needed not in inputs:
+        raise UsageError(f"the rule {config.rule!r} needs --{needed}: {why}")
+
+
 def _real_generated(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
 ) -> Iterable[Pair | Dropped]:
     tokenizer = tokens.load_tokenizer(inputs["model"])
     prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
     for response in responses:
+        if response.prompt_id not in prompts:
+            raise SparringError(
+                f"there is a response to {response.prompt_id!r}, but no such prompt"
+            )
         prompt = prompts[response.prompt_id]
         if prompt.real is None:
             raise SparringError(

@@ -33,7 +33,7 @@ class Dropped(StrEnum):
     SMALL_MARGIN = "small_margin"
     """Best and worst are not more than the wanted margin apart."""
     EMPTY = "empty"
-    """The chosen or the rejected response has no token."""
+    """The chosen or the rejected response has no token at all, not even one that ends it."""
     SAME_IDS = "same_ids"
     """Chosen and rejected are the same tokens: their gradients cancel in the pairwise losses."""
 

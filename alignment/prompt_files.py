@@ -13,7 +13,9 @@ from sparring.alignment.rows import Message, Prompt
 from sparring.launch.errors import SparringError
 
 
-def load_prompts(path_or_id: str | Path, split_name: str = "train") -> list[Prompt]:
+def load_prompts(
+    path_or_id: str | Path, split_name: str = "train", *, first_turn: bool = False
+) -> list[Prompt]:
     """Prompts from a JSONL or parquet file, a saved `datasets` folder or a hub dataset.
 
     A row has `prompt` (text, or a list of {role, content}) or `messages`; where these end with the
@@ -24,13 +26,15 @@ def load_prompts(path_or_id: str | Path, split_name: str = "train") -> list[Prom
     Args:
         path_or_id: file, folder, or hub id such as "owner/name".
         split_name: which split of a dataset; not used for files.
+        first_turn: of `messages`, take what precedes the first answer as the prompt, and that answer
+            as the real response; the rest of the conversation is left out.
 
     Raises:
         SparringError: nothing there, a malformed line or row (named), no prompts, duplicate ids.
     """
     path = Path(path_or_id).expanduser()
     rows = file_rows(path) if path.is_file() else _dataset_rows(str(path_or_id), path, split_name)
-    prompts = [_prompt(where, number, row) for number, (where, row) in enumerate(rows)]
+    prompts = [_prompt(where, number, row, first_turn) for number, (where, row) in enumerate(rows)]
     if not prompts:
         raise SparringError(f"{path_or_id}: there are no prompts in it")
     seen: dict[str, int] = {}
@@ -108,16 +112,18 @@ def _dataset_rows(name: str, path: Path, split_name: str) -> Iterator[tuple[str,
         yield f"{name}, row {number}", row
 
 
-def _prompt(where: str, number: int, row: Any) -> Prompt:
+def _prompt(where: str, number: int, row: Any, first_turn: bool) -> Prompt:
     if not isinstance(row, dict):
         raise SparringError(f"{where}: a row must be an object, this is {type(row).__name__}")
     source = row["prompt"] if row.get("prompt") is not None else row.get("messages")
+    if first_turn and isinstance(row.get("messages"), list):
+        source = _to_the_first_answer(row["messages"])
     if source is None:
         raise SparringError(
             f"{where}: there is no `prompt` and no `messages`; "
             f"there is {', '.join(row) or 'nothing'}"
         )
-    source, real = _answered(source, _text(where, row, "real"))
+    source, real = _answered(where, source, _text(where, row, "real"))
     messages = _messages(where, source)
     digest = hashlib.sha256(json.dumps([(m.role, m.content) for m in messages]).encode())
     prompt = Prompt(
@@ -129,12 +135,19 @@ def _prompt(where: str, number: int, row: Any) -> Prompt:
     return replace(prompt, verifier=_verifier(where, row.get("verifier")))
 
 
-def _answered(source: Any, real: str | None) -> tuple[Any, str | None]:
+def _to_the_first_answer(messages: list[Any]) -> list[Any]:
+    for count, turn in enumerate(messages, start=1):
+        if isinstance(turn, dict) and turn.get("role") == "assistant":
+            return messages[:count]
+    return messages
+
+
+def _answered(where: str, source: Any, real: str | None) -> tuple[Any, str | None]:
     """Conversations that end with the assistant's turn carry their own real response."""
     if real is None and isinstance(source, list) and len(source) > 1:
         last = source[-1]
         if isinstance(last, dict) and last.get("role") == "assistant":
-            return source[:-1], last.get("content")
+            return source[:-1], _text(f"{where}, the assistant's message", last, "content")
     return source, real
 
 

@@ -14,17 +14,19 @@ from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures
 
 
-def prompts_of(source: str, *, seed: int, split_name: str = "train") -> list[Prompt]:
-    """All prompts of a source: a built-in set by name, a file, or a data set."""
+def _all_prompts(config: PromptsConfig, seed: int) -> list[Prompt]:
+    """All prompts of the source: a built-in set by name, a file, or a data set."""
     built_in = {"constraints": constraint_prompts, "chitchat": chitchat_prompts}
-    return built_in[source](seed) if source in built_in else load_prompts(source, split_name)
+    if config.source in built_in:
+        return built_in[config.source](seed)
+    return load_prompts(config.source, config.split, first_turn=config.turns == "first")
 
 
 def run(
     config: PromptsConfig, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
     """Write ``train.parquet`` and ``heldout.parquet``."""
-    prompts = prompts_of(config.source, seed=context.seed, split_name=config.split)
+    prompts = _all_prompts(config, context.seed)
     if config.train:
         chosen = split(prompts, heldout=config.heldout, train=config.train, seed=context.seed)
     else:  # all, as they come

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparring.alignment.rows import Pair, ReferencedPair
 from sparring.alignment.stages import ReferenceStage
 from sparring.launch import shards
-from sparring.launch.errors import SparringError
+from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.stages import Context, Figures
 
@@ -23,41 +23,49 @@ def run(
     config: ReferenceStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
     """Score this rank's shards."""
+    import torch
+
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
     from sparring.alignment.models import load_policy
     from sparring.alignment.momentum import folded_reference
     from sparring.launch.collective import device
 
+    if config.alpha and "previous" not in inputs:
+        raise UsageError(
+            "alpha folds momentum into the reference; it needs --previous, the solution before"
+        )
     where = device()
     pad = tokens.eos_ids(tokens.load_tokenizer(inputs["model"]), inputs["model"])[0]
     names = ["model", *(["previous"] if config.alpha else [])]
     policies = [ScoredPolicy(load_policy(inputs[n], config.dtype).to(where)) for n in names]
+    pairs = _pairs(inputs)
+    for policy in policies:
+        policy.verify([*pairs[0].prompt_ids, *pairs[0].chosen_ids])
 
     def score(chunk: Sequence[Pair]) -> list[ReferencedPair]:
         rows = [
             (pair.prompt_ids, ids) for pair in chunk for ids in (pair.chosen_ids, pair.rejected_ids)
         ]
-        scored = [
-            response_logps(policy, rows, pad=pad, batch=2 * config.batch, device=where)
+        values, *others = (
+            torch.tensor(
+                response_logps(policy, rows, pad=pad, batch=2 * config.batch, device=where),
+                dtype=torch.float64,
+            )
             for policy in policies
-        ]
-        values = scored[0]
-        if config.alpha:
-            values = [
-                float(folded_reference(new, old, config.alpha))
-                for new, old in zip(*scored, strict=True)
-            ]
+        )
+        for before in others:
+            values = folded_reference(values, before, config.alpha)
         return [
             ReferencedPair(
                 **dataclasses.asdict(pair),
-                chosen_reference_logp=values[2 * n],
-                rejected_reference_logp=values[2 * n + 1],
+                chosen_reference_logp=float(values[2 * n]),
+                rejected_reference_logp=float(values[2 * n + 1]),
             )
             for n, pair in enumerate(chunk)
         ]
 
-    shards.make(_pairs(inputs), config.chunk, ReferencedPair, score, context, unit="pairs")
+    shards.make(pairs, config.chunk, ReferencedPair, score, context, unit="pairs")
     return {}
 
 

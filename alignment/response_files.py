@@ -75,7 +75,10 @@ def _responses(where: str, number: int, row: Any) -> Iterator[Response]:
             raise SparringError(
                 f"{where}: a row with one `response` needs its prompt's `prompt_id`"
             )
-        yield _response(where, str(name), int(row.get("k", -1)), one)
+        number = row.get("k", -1)
+        if not isinstance(number, int):
+            raise SparringError(f"{where}: `k` must be a whole number, this is {number!r}")
+        yield _response(where, str(name), number, one)
         return
     if not isinstance(many, list) or not many:
         raise SparringError(f"{where}: `responses` must be a list of texts, this is {many!r}")

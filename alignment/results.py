@@ -219,8 +219,9 @@ def _training(recipe: Recipe, run: Path) -> Iterator[Chart]:
         series = []
         for t in range(recipe.iterations):
             path = run / f"iter{t}" / "train" / "metrics.jsonl"
-            if path.is_file():
-                rows = read_metrics(path)
+            # Supervised fine-tuning rejects nothing, so has no such accuracy.
+            rows = read_metrics(path) if path.is_file() else []
+            if rows and name in rows[0]:
                 steps = [row["step"] for row in rows]
                 series.append(Series(f"iteration {t + 1}", steps, [row[name] for row in rows]))
         if series:

@@ -6,6 +6,7 @@ other part of a recipe leaves its artifact valid.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from sparring.alignment.algorithms import REAL_GENERATED, pair_rule
@@ -127,6 +128,10 @@ class ExtrapolateStage:
     alpha: float = 0.3
     """How far to go on in the direction of the last solve."""
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be a finite number, not {self.alpha}")
+
 
 @config
 class EvaluateStage:
@@ -172,6 +177,7 @@ PROMPTS = Stage(
     version="1",
     inputs={},
     light=True,
+    reads=("source",),
 )
 MODEL = Stage(
     name="model",
@@ -181,6 +187,7 @@ MODEL = Stage(
     version="1",
     inputs={},
     single=True,
+    reads=("path",),
 )
 GENERATE = Stage(
     name="generate",
@@ -188,7 +195,7 @@ GENERATE = Stage(
     function="sparring.alignment.generate:run",
     finish="sparring.alignment.generate:finish",
     config=GenerateStage,
-    version="2",
+    version="3",
     inputs={"model": "policy folder", "prompts": _PROMPTS},
     packages=_SAMPLERS,
 )
@@ -217,13 +224,14 @@ JUDGE = Stage(
         "second?": "another judge's artifact of the same responses, to compare with",
     },
     packages=("torch", "transformers", "if-verifiable"),
+    reads=("name", "path", "members.name", "members.path"),
 )
 PAIR = Stage(
     name="pair",
     summary="turn judged or human responses into training pairs",
     function="sparring.alignment.pairing:run",
     config=PairStage,
-    version="1",
+    version="2",
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
@@ -232,6 +240,7 @@ PAIR = Stage(
         "previous?": "the previous iteration's pairs, to be mixed in",
     },
     light=True,
+    reads=("rule",),
 )
 REFERENCE = Stage(
     name="reference",
@@ -255,6 +264,7 @@ TRAIN = Stage(
     version="1",
     inputs={"model": "policy folder to start from", "pairs": "artifact of the reference stage"},
     packages=_TRAINERS,
+    reads=("algorithm",),
 )
 EXTRAPOLATE = Stage(
     name="extrapolate",
@@ -284,6 +294,7 @@ EVALUATE = Stage(
     },
     single=True,
     packages=("torch", "transformers", "if-verifiable"),
+    reads=("judge.name", "judge.path", "judge.members.name", "judge.members.path"),
 )
 
 STAGES = {

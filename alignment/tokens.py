@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template: str) -> list[int]:
                 "the model's tokenizer has no chat template; start from an instruction-tuned "
                 'model, or set generate.template = "instruction"'
             )
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        ids = _chat_ids(tokenizer, prompt)
     else:
-        ids = tokenizer(INSTRUCTION.format(prompt=prompt.text))["input_ids"]
+        text = INSTRUCTION.format(prompt=prompt.text)
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add EOS by themselves
             ids = ids[:-1]
     ids = [int(i) for i in ids]
@@ -63,9 +64,39 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template: str) -> list[int]:
     return ids
 
 
+def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The chat template's ids, in which what a user writes is text.
+
+    A message that spells a special token ("<|im_end|>") would otherwise end its own turn.
+    """
+    spelt = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    found = sorted({token for token in spelt for m in messages if token in m["content"]}, key=len)
+    if not found:
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        )
+    # Characters of the private use area stand for the spelt tokens until the template is filled in.
+    marks = {chr(0xE000 + n): token for n, token in enumerate(reversed(found))}
+    for mark, token in marks.items():
+        messages = [{**m, "content": m["content"].replace(token, mark)} for m in messages]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return [
+        token
+        for piece in re.split(f"([{''.join(marks)}])", text)
+        for token in tokenizer(
+            marks.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in marks
+        )["input_ids"]
+    ]
+
+
 def response_ids(tokenizer: Any, text: str, *, limit: int) -> list[int]:
-    """Token ids of a given response with one EOS at its end; cut at `limit` without EOS."""
-    ids = [int(i) for i in tokenizer(text.strip(), add_special_tokens=False)["input_ids"]]
+    """Token ids of a given response with one EOS at its end; cut at `limit` without EOS.
+
+    Special tokens that the text spells are text.
+    """
+    made = tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)
+    ids = [int(i) for i in made["input_ids"]]
     return ids[:limit] if len(ids) >= limit else [*ids, int(tokenizer.eos_token_id)]
 
 
@@ -78,5 +109,6 @@ def check_length(prompt_id: str, ids: Sequence[int], *, limit: int) -> None:
     if len(ids) > limit:
         raise SparringError(
             f"prompt {prompt_id!r} has {len(ids)} tokens, more than the {limit} allowed; shorten "
-            "or remove it, or raise prompts.max_tokens (the context must hold prompt and response)"
+            "or remove it, or raise prompts.max_tokens of the recipe or --max-prompt-tokens of the "
+            "command (the context must hold prompt and response)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparring.alignment.stages import TrainStage
 from sparring.launch.config import resolved
 from sparring.launch.errors import SparringError
 from sparring.launch.lora import add_lora, merge_lora
-from sparring.launch.optimisation import accumulate, micro_batches, optimise
+from sparring.launch.optimisation import accumulate, descend, micro_batches
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
@@ -71,34 +72,8 @@ class Trainer:
         self.algorithm = algorithm(config.algorithm)
         self.loss = load(self.algorithm.loss)
 
-    def step(self, rows: Sequence[int], lr: float, *, pending: bool = False) -> dict[str, float]:
-        """One optimizer step over a global batch; returns its figures, summed over ranks.
-
-        Args:
-            pending: MARS's exact mode has an update to make first, with these rows' gradient at
-                the weights before it.
-        """
-        self.sharding.set_lr(lr)
-        exact = self.config.optimizer.exact
-        if exact and pending:
-            self.finish(rows)
-        totals = self._gradients(rows)
-        norm = self.sharding.take_moments() if exact else self.sharding.step()
-        summed = dict(zip(totals, self.sharding.sum(list(totals.values())), strict=True))
-        count = summed.pop("pairs")
-        text = summed.pop("tokens")
-        means = {name: value / count for name, value in summed.items()}
-        if not math.isfinite(means["loss"]):
-            raise SparringError(f"the loss became {means['loss']}; lower train.lr or train.clip")
-        return {**means, "tokens": text, "lr": lr, "grad_norm": norm}
-
-    def finish(self, rows: Sequence[int]) -> None:
-        """Make the update that exact mode still owes; any rows do after the last batch."""
-        self._gradients(rows)
-        self.sharding.step()
-
-    def _gradients(self, rows: Sequence[int]) -> dict[str, float]:
-        """Accumulate a global batch's gradients; returns this rank's sums."""
+    def gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:
+        """Accumulate a global batch's gradients; returns this rank's sums of figures."""
         return accumulate(
             self.sharding,
             rows,
@@ -106,6 +81,11 @@ class Trainer:
             micro_batch=self.config.micro_batch,
             order=self._length,
         )
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures of a step, means over its pairs, from their sums."""
+        count, text = sums.pop("pairs"), sums.pop("tokens")
+        return {**{name: value / count for name, value in sums.items()}, "tokens": text}
 
     def _length(self, row: int) -> int:
         pair = self.pairs[row]
@@ -134,17 +114,14 @@ class Trainer:
             pair_win=column("pair_win"),
         )
         loss = self.loss(terms, self.config).sum()
-        ahead = (terms.chosen_logratio > terms.rejected_logratio).float().sum()
-        gap = terms.chosen_logratio.detach().abs().sum()
-        return loss, {
-            "loss": float(loss.detach()),
-            "chosen": float(terms.chosen_logratio.detach().sum()),
-            "rejected": float(terms.rejected_logratio.detach().sum()),
-            "accuracy": float(ahead),
-            "tokens": float(batch.attention_BT.sum()),
-            "pairs": float(len(pairs)),
-            "reference_gap": float(gap),
-        }
+        sums = {"loss": loss, "chosen": terms.chosen_logratio}
+        if self.algorithm.uses_rejected:
+            sums["rejected"] = terms.rejected_logratio
+            sums["accuracy"] = (terms.chosen_logratio > terms.rejected_logratio).float()
+        sums["tokens"] = batch.attention_BT
+        sums["reference_gap"] = terms.chosen_logratio.abs()
+        found = {name: float(value.detach().sum()) for name, value in sums.items()}
+        return loss, {**found, "pairs": float(len(pairs))}
 
 
 def _trainable(model: Any, config: TrainConfig) -> Any:
@@ -181,38 +158,30 @@ def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: C
     torch.manual_seed(derive(context.seed, "torch"))
     trainer = Trainer(config, inputs["model"], pairs, context)
 
-    def step(number: int) -> dict[str, float]:
-        lr = learning_rate(config, number, total)
-        row = trainer.step(plan[number], lr, pending=number > 0)
-        if number == 0 and trainer.algorithm.uses_reference:
-            _note_gap(row["reference_gap"], context)
-        return row
-
-    done = optimise(
-        trainer.sharding, steps, step, context, output,
-        save_every=config.save_every, totals=("tokens",),
+    done = descend(
+        trainer.sharding, plan, trainer.gradients, trainer.means, config=config,
+        rate=lambda number: learning_rate(config, number, total),
+        context=context, output=output, totals=("tokens",),
     )  # fmt: skip
-    if config.optimizer.exact:
-        trainer.finish(plan[-1])
+    if trainer.algorithm.uses_reference and context.world.rank == 0:
+        _note_gap(output, context)
     _save(trainer, inputs["model"], output)
     trainer.sharding.close()
-    row = done.last
+    shown = ("loss", "accuracy", "chosen", "rejected")
     return {
         "steps": steps,
         "pairs": len(pairs),
         "too_long": len(everything) - len(pairs),
-        "loss": row.get("loss", float("nan")),
-        "accuracy": row.get("accuracy", float("nan")),
-        "chosen": row.get("chosen", float("nan")),
-        "rejected": row.get("rejected", float("nan")),
+        **{name: done.last[name] for name in shown if name in done.last},
         "zero": trainer.sharding.stage,
         "tokens_per_second": round(done.totals["tokens"] / done.seconds, 1),
     }
 
 
-def _note_gap(gap: float, context: Context) -> None:
-    if gap > 0.5 and context.world.rank == 0:
+def _note_gap(output: Path, context: Context) -> None:
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    if first["reference_gap"] > 0.5:
         context.emit(
-            note=f"the starting policy is {gap:.2f} nats a response away from the reference, as it "
-            "should be only with momentum folded into either"
+            note=f"the starting policy was {first['reference_gap']:.2f} nats a response away from "
+            "the reference, as it should be only with momentum folded into either"
         )

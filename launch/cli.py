@@ -381,6 +381,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SparringError as error:
         print(f"sparring: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        print(f"sparring: {_bug(error)}", file=sys.stderr)
+        return SparringError.exit_code
+
+
+def _bug(error: Exception) -> str:
+    """What to say of an error that is nobody's input: its traceback is for those who mend it."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="sparring-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f"a defect of sparring: {type(error).__name__}: {error}\n"
+        f"The traceback is in {file.name}; please report it."
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -59,6 +60,10 @@ def _explain(cls: type, error: Mapping[str, Any]) -> str:
     return f"{name + ': ' if name else ''}{problem}{shown}"
 
 
+def _json_ready(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
     """Validate plain data into a configuration class.
 
@@ -67,8 +72,10 @@ def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    # Strictly, so that "no" is no switch and true no number; in JSON a list may be a tuple.
+    text = json.dumps(plain(data), default=_json_ready)
     try:
-        return TypeAdapter(cls).validate_python(dict(data))
+        return TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         problems = [_explain(cls, item) for item in error.errors()]
         raise UsageError("\n".join(f"{where}: {problem}" for problem in problems)) from None

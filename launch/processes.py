@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from sparring.launch.errors import SparringError, Stopped
 
@@ -33,16 +33,24 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this host."""
 
     @staticmethod
     def from_environment() -> World:
-        get = os.environ.get
-        return World(int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0)))
+        def number(name: str, otherwise: int) -> int:
+            return int(os.environ.get(name, otherwise))
+
+        size = number("WORLD_SIZE", 1)
+        local_size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", size))
+        return World(number("RANK", 0), size, number("LOCAL_RANK", 0), local_size)
 
 
 def emit(**event: Any) -> None:
     """Tell the driver something (progress, a note); plain JSON on standard output."""
-    print(EVENT + json.dumps(event), flush=True)
+    sys.stdout.flush()
+    # One write: ranks share the pipe, and the two of `print` (text, newline) get mixed up there.
+    os.write(sys.stdout.fileno(), f"{EVENT}{json.dumps(event)}\n".encode())
 
 
 def free_port() -> int:
@@ -68,10 +76,14 @@ def command(python: str, job: Path, ranks: int) -> list[str]:
     ]
 
 
-def watch_driver(pid: int, host: str) -> None:
-    """End this process when its driver on the same host is gone, so that no orphan writes on."""
+def watch_driver(pid: int, host: str) -> bool:
+    """End this process when its driver on the same host is gone, so that no orphan writes on.
+
+    Returns:
+        Whether the driver is on this host.
+    """
     if host != socket.gethostname():
-        return
+        return False
 
     def watch() -> None:
         while True:
@@ -82,6 +94,7 @@ def watch_driver(pid: int, host: str) -> None:
             time.sleep(0.5)
 
     threading.Thread(target=watch, daemon=True).start()
+    return True
 
 
 @contextmanager
@@ -105,24 +118,41 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _reader(
-    process: subprocess.Popen[str], log: Path, on_event: Callable[[dict[str, Any]], None]
-) -> None:
-    assert process.stdout is not None
-    with process.stdout, log.open("a", encoding="utf-8") as file:
-        for line in process.stdout:
-            if line.startswith(EVENT):
-                on_event(json.loads(line.removeprefix(EVENT)))
-            else:
-                file.write(line)
-                file.flush()
+class _Reader(threading.Thread):
+    """Reads what a stage's processes write, until the last of them has ended."""
+
+    def __init__(
+        self, output: IO[str], log: Path, on_event: Callable[[dict[str, Any]], None]
+    ) -> None:
+        super().__init__(daemon=True)
+        self.ranks: list[int] = []
+        """Process ids of the ranks on this host."""
+        self._output, self._log, self._on_event = output, log, on_event
+        self.start()
+
+    def run(self) -> None:
+        with self._output, self._log.open("a", encoding="utf-8") as file:
+            for line in self._output:
+                # Another rank may have left a line without its end before the event.
+                text, _, event = line.partition(EVENT)
+                try:
+                    told = json.loads(event) if event else {}
+                except json.JSONDecodeError:
+                    text, told = line, {}
+                if text:
+                    file.write(text)
+                    file.flush()
+                if "pid" in told:
+                    self.ranks.append(told["pid"])
+                elif told:
+                    self._on_event(told)
 
 
-def _signal_group(process: subprocess.Popen[str], number: int) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
+def _signal(number: int, *pids: int) -> None:
+    """Signal processes; a negative id is that of a group."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def run(
@@ -150,20 +180,18 @@ def run(
         env={**os.environ, **environment},
         start_new_session=True,
     )
-    reader = threading.Thread(target=_reader, args=(process, log, on_event), daemon=True)
-    reader.start()
+    assert process.stdout is not None
+    reader = _Reader(process.stdout, log, on_event)
     try:
         code = process.wait()
     except (KeyboardInterrupt, Stopped):
-        _signal_group(process, signal.SIGTERM)
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+        # The ranks alone: DeepSpeed's launcher dies of the signal at once, or kills them too soon.
+        _signal(signal.SIGTERM, *(reader.ranks or [-process.pid]))
+        reader.join(_GRACE)
         raise Stopped("stopped; run the same command again to go on") from None
     finally:
-        _signal_group(process, signal.SIGKILL)
+        _signal(signal.SIGKILL, -process.pid)
+        process.wait()
         reader.join(timeout=5)
     if code == Stopped.exit_code:
         raise Stopped("stopped; run the same command again to go on")

@@ -76,7 +76,7 @@ def load_recipe(path: Path) -> tuple[Pipeline, Any]:
     data = read_toml(path)
     name = data.get("pipeline", "alignment")
     known = _entries()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"{path}: pipeline {name!r} is unknown; known are {', '.join(known)}")
     pipeline = _loaded(known[name])
     return pipeline, build(pipeline.recipe, data, str(path))
@@ -130,15 +130,17 @@ def locked(file: Path, folder: Path) -> Iterator[None]:
     Raises:
         SparringError: another process holds it.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
         lock.acquire(timeout=0)
     except Timeout:
         raise SparringError(
             f"another sparring process is working in {folder}; wait for it, stop it, "
             "or choose another folder with --out"
         ) from None
+    except OSError as error:
+        raise SparringError(f"{folder} cannot be written: {error}; choose another --out") from None
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Sharding:
                 # accelerate takes cpu=True for "no DeepSpeed", and without an accelerator and a
                 # backend's name it counts one process, however many there are (1.15).
                 options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
-        if config.precision == "bfloat16":
+        self._half = config.precision == "bfloat16"
+        if self._half and self.stage is None:
             options["mixed_precision"] = "bf16"
         self.accelerator = Accelerator(**options)
         # It warns of tied weights at every checkpoint, which load as they were saved.
@@ -80,6 +82,10 @@ class Sharding:
         """The model without wrappers, whose parameters have the names it was given with."""
         assert self._model is not None
         return self.accelerator.unwrap_model(self._model)  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The number type of the prepared model's forward pass, for other models beside it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._half)
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -230,7 +236,8 @@ def _plugin(config: TrainingConfig, stage: int, micro_batches: int, on_cpu: bool
             "train_micro_batch_size_per_gpu": config.micro_batch,
             "gradient_accumulation_steps": micro_batches,
             "gradient_clipping": config.clip,
-            "bf16": {"enabled": config.precision == "bfloat16"},
+            # Not "bf16", which rounds the weights first and makes its float32 masters from that.
+            "torch_autocast": {"enabled": config.precision == "bfloat16", "dtype": "bfloat16"},
             "steps_per_print": 2**31,
         },
         zero3_init_flag=stage == 3,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import socket
@@ -87,6 +88,9 @@ class Stage:
     """Always one rank, in its own process."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions decide the result; part of the content key."""
+    reads: tuple[str, ...] = ()
+    """Settings that may name a local file, a folder or ``module:function``, whose bytes decide the
+    result; dotted below sections and lists of sections. Part of the content key."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ def _versions_elsewhere(python: str, packages: tuple[str, ...]) -> dict[str, str
 def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:
     """Hash of all that decides a step's output."""
     python = processes.python_of(launch.python, step.stage.name)
+    named = _named_files(step)
     return artifacts.hash_json(
         {
             "stage": step.stage.name,
@@ -168,8 +173,37 @@ def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) ->
             "config": plain(step.config),
             "seed": step.seed,
             "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+            **({"files": named} if named else {}),
         }
     )
+
+
+def _named_files(step: Step) -> dict[str, str]:
+    """Digests of what a step's settings name on this machine."""
+    values = [v for key in step.stage.reads for v in _settings(step.config, key.split("."))]
+    paths = {value: _local(value) for value in values if value}
+    return {value: artifacts.content_digest(path) for value, path in paths.items() if path}
+
+
+def _settings(section: Any, keys: Sequence[str]) -> list[str]:
+    for key in keys:
+        if isinstance(section, tuple):
+            return [value for one in section for value in _settings(one, keys)]
+        section, keys = getattr(section, key), keys[1:]
+    return [str(one) for one in section] if isinstance(section, tuple) else [str(section)]
+
+
+def _local(value: str) -> Path | None:
+    """The file of a plug-in's module, or the file or folder of this name; None for other names."""
+    module, colon, _ = value.partition(":")
+    if colon:
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            return None
+        return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+    path = Path(value).expanduser()
+    return path if path.exists() else None
 
 
 def write_job(step: Step, inputs: Mapping[str, Path], output: Path) -> Path:

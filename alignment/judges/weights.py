@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparring.launch import collective
 from sparring.launch.errors import SparringError
 
 TOKENIZER_FILES = ("tokenizer.json", "spm.model", "spiece.model", "vocab.txt")
@@ -156,12 +157,12 @@ def load_or_explain(loader: Any, name: str, **options: Any) -> Any:
 
 
 def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where a judge runs: CUDA in float16 when there is one, else the CPU in float32.
+    """Where a judge runs: this rank's GPU in float16 when there is one, else the CPU in float32.
 
     Raises:
         SparringError: the dtype is not one of float32, float16, bfloat16.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device) if device else collective.device()
     allowed = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     chosen = dtype or ("float16" if where.type == "cuda" else "float32")
     if chosen not in allowed:

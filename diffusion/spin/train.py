@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +185,7 @@ class ImageTrainer:
         if self.opponent is None:
             with adapters_off(self.network):
                 return self.network(*given)  # type: ignore[no-any-return]
-        precise = self.config.precision == "float32"
-        with nullcontext() if precise else self.sharding.accelerator.autocast():
+        with self.sharding.autocast():
             return self.opponent(*given)  # type: ignore[no-any-return]
 
 

@@ -187,4 +187,4 @@ def test_empty_responses_are_counted(
     monkeypatch.setattr(generate, "build_engine", lambda *_, **__: Silent())
     rows, figures, notes = sample_stage(tmp_path / "a", tiny_model, some_prompts(4))
     assert figures["empty"] == sum(row.text == "" for row in rows) == 4
-    assert notes == ["4 of 12 responses are empty; no pair will use them"]
+    assert notes == ["4 of 12 responses are empty; they are judged as such"]

@@ -14,6 +14,7 @@ from sparring.alignment import tokens
 from sparring.alignment.logprobs import ScoredPolicy, collate, response_logps
 from sparring.alignment.models import load_policy
 from sparring.alignment.rows import Pair, Prompt, ReferencedPair, Response
+from sparring.launch.errors import SparringError
 from sparring.launch.rows import read_rows
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
@@ -133,6 +134,61 @@ def test_chunked_logits_give_the_same_values_and_gradients(
     assert len(whole[1]) == len(chunked[1]) == len(list(model.parameters()))
     for one, other in zip(whole[1], chunked[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "initializer_range": 1.0,  # logits far above the cap
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_models_that_scale_or_cap_their_logits(
+    name: str, settings: dict[str, Any], rows: list[Row]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SMALL, **settings)
+    policy = ScoredPolicy(AutoModelForCausalLM.from_config(config).eval())
+    prompt, response = rows[3]
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        logp_TV = policy.model(input_ids=ids).logits[0].log_softmax(-1)
+        expected = logp_TV[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+        torch.testing.assert_close(score(policy, [rows[3]])[0], expected)
+    policy.verify(ids[0].tolist())
+
+
+def test_a_model_that_does_something_unknown_behind_its_head_is_refused(
+    policy: ScoredPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = policy.model.forward
+
+    def sharper(*arguments: Any, **options: Any) -> Any:
+        found = original(*arguments, **options)
+        found.logits = found.logits * 1.5
+        return found
+
+    policy.verify([BOS, 5, 6, EOS])
+    monkeypatch.setattr(policy.model, "forward", sharper)
+    with pytest.raises(SparringError, match="LlamaForCausalLM does something between its head"):
+        policy.verify([BOS, 5, 6, EOS])
 
 
 def test_only_response_tokens_are_scored(policy: ScoredPolicy, rows: list[Row]) -> None:

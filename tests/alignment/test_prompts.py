@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -243,6 +244,21 @@ def test_a_conversation_that_ends_with_the_answer_carries_its_real_response(tmp_
     (prompt,) = load_prompts(write_jsonl(tmp_path / "p.jsonl", {"messages": turns}))
     assert [m.role for m in prompt.messages] == ["user"]
     assert prompt.real == "yo"
+
+
+def test_the_first_turn_of_a_conversation_and_its_answer(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        USER,
+        {"role": "assistant", "content": "yo"},
+    ]
+    turns += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "hi", "messages": turns})
+    (prompt,) = load_prompts(path, first_turn=True)
+    assert [m.role for m in prompt.messages] == ["system", "user"]
+    assert prompt.real == "yo"
+    (whole,) = load_prompts(path)
+    assert (whole.text, whole.real) == ("hi", None)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,22 @@ def test_a_wrong_type_shows_key_and_value() -> None:
     assert "'many'" in text
 
 
+@pytest.mark.parametrize(
+    "inner", [{"steps": True}, {"steps": "2"}, {"rate": "0.1"}, {"steps": 1.5}, {"rate": True}]
+)
+def test_what_could_be_taken_for_a_number_is_refused(inner: dict[str, object]) -> None:
+    assert next(iter(inner)) in refusal(name="a", inner=inner)
+
+
+def test_python_values_are_as_good_as_toml() -> None:
+    import numpy as np
+
+    inner = Inner(steps=3, rate=(1.0, 2.0))
+    built = build(Outer, {"name": "a", "where": Path("there"), "inner": inner}, "call")
+    assert built == Outer(name="a", where=Path("there"), inner=inner)
+    assert build(Inner, {"steps": np.int64(4), "rate": 1}, "call") == Inner(steps=4, rate=1.0)
+
+
 def test_all_problems_are_told_at_once() -> None:
     assert len(refusal(nam="a", inner={"steps": "many"}).splitlines()) == 3
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sparring.launch import processes, stages
+from sparring.launch import processes, runs, stages
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.processes import World
 from sparring.launch.stages import LaunchConfig, Step
@@ -173,6 +174,85 @@ def test_stopping_the_driver_lets_the_stage_save(tmp_path: Path, number: signal.
     assert not alive(stage)
 
 
+SLOW_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from sparring.launch import processes
+from sparring.launch.processes import World
+folder, rank = Path(sys.argv[-1]), World.from_environment().rank
+with processes.stop_flag() as stopped:
+    processes.emit(pid=os.getpid())
+    (folder / f"up{rank}").touch()
+    while not stopped():
+        time.sleep(0.01)
+    time.sleep(2)  # a checkpoint
+    (folder / f"saved{rank}").touch()
+    sys.exit(75)
+"""
+
+
+@pytest.mark.dist
+def test_all_ranks_have_time_to_save(tmp_path: Path) -> None:
+    """DeepSpeed's launcher dies of a signal at once; its ranks must not."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(SLOW_RANK)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null"]
+    ranks = ["--num_gpus", "2", "--master_port", str(processes.free_port())]
+
+    def interrupt() -> None:
+        until(lambda: all((tmp_path / f"up{rank}").exists() for rank in (0, 1)), 120)
+        time.sleep(0.5)  # the reader has their ids
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with runs.sigterm_stops(), pytest.raises(Stopped):
+        processes.run(
+            [*launcher, *ranks, str(worker), str(tmp_path)],
+            log=tmp_path / "log",
+            errors=tmp_path,
+            environment={},
+            on_event=lambda _: None,
+        )
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
+
+
+def test_events_of_two_writers_do_not_mix(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from sparring.launch.processes import emit
+other = os.fork()
+for n in range(2000):
+    sys.stdout.write("half a line")
+    emit(done=n, padding="x" * 100)
+if other:
+    os.waitpid(other, 0)
+"""
+    events: list[dict[str, Any]] = []
+    processes.run(
+        [sys.executable, "-c", code],
+        log=tmp_path / "log",
+        errors=tmp_path,
+        environment={"PYTHONUNBUFFERED": "1"},
+        on_event=events.append,
+    )
+    assert sorted(event["done"] for event in events) == sorted([*range(2000)] * 2)
+    assert (tmp_path / "log").read_text() == "half a line" * 4000
+
+
+def test_a_line_that_is_no_event_is_kept(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    code = "print('@sparring {broken'); print('@sparring {\"done\": 2}')"
+    processes.run(
+        [sys.executable, "-c", code],
+        log=tmp_path / "log",
+        errors=tmp_path,
+        environment={},
+        on_event=events.append,
+    )
+    assert events == [{"done": 2}]
+    assert (tmp_path / "log").read_text() == "@sparring {broken\n"
+
+
 def test_no_orphan_outlives_a_killed_driver(tmp_path: Path) -> None:
     driver, stage = start_driver(tmp_path)
     assert alive(stage)
@@ -203,12 +283,14 @@ def test_several_ranks_are_started_by_deepspeed() -> None:
 
 
 def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert World.from_environment() == World(0, 1, 0)
+    assert World.from_environment() == World(0, 1, 0, 1)
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert World.from_environment() == World(5, 8, 1)
+    assert World.from_environment() == World(5, 8, 1, 8)
+    monkeypatch.setenv("LOCAL_SIZE", "4")  # DeepSpeed's launcher; torchrun's is LOCAL_WORLD_SIZE
+    assert World.from_environment() == World(5, 8, 1, 4)
 
 
 def test_stop_flag_turns_sigterm_into_a_question() -> None:

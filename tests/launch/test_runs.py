@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from sparring.launch import runs
+from sparring.launch import runs, stages
 from sparring.launch.errors import SparringError, Stopped, UsageError
 from sparring.launch.progress import Reporter
-from sparring.launch.stages import LaunchConfig
+from sparring.launch.stages import LaunchConfig, Step
 
 INLINE = LaunchConfig(inline=("add",))
 
@@ -151,6 +151,27 @@ def test_plan_says_what_is_done_and_writes_nothing(toy: Any, tmp_path: Path) -> 
     execute(toy, tmp_path / "run", changed=True)
     assert states() == ["done", "done"]
     assert states(first=9) == ["to do", "waits"]
+
+
+def test_the_bytes_of_files_that_settings_name_are_part_of_the_key(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = dataclasses.replace(toy.ADD, reads=("mode",))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def key(mode: str) -> str:
+        return stages.content_key(Step("one", stage, toy.Add(mode=mode), {}), {}, INLINE)
+
+    file, module = tmp_path / "data.txt", tmp_path / "a_plugin_of_mine.py"
+    for path, mode in ((file, str(file)), (module, "a_plugin_of_mine:make")):
+        path.write_text("x = 1")
+        first = key(mode)
+        path.write_text("x = 2")
+        assert key(mode) != first
+        path.write_text("x = 1")
+        assert key(mode) == first
+    plain = stages.content_key(Step("one", toy.ADD, toy.Add(mode="no file"), {}), {}, INLINE)
+    assert key("no file") == plain
 
 
 def test_an_unknown_pipeline_is_named(tmp_path: Path) -> None:
