@@ -181,11 +181,16 @@ class TransformersEngine:
         max_length: int,
         world: World,
     ) -> None:
+        from transformers import GenerationConfig
+
         from sparring.alignment.models import load_policy
         from sparring.launch.collective import device
 
         self._config, self._eos = config, list(eos)
         self._model = load_policy(model, dtype).to(device())
+        # What a checkpoint recommends (suppressed tokens, a repetition penalty) fills every setting
+        # that a call leaves open, and would sample from another distribution than is trained.
+        self._model.generation_config = GenerationConfig()
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))

@@ -40,9 +40,10 @@ class Baseline:
             raise ValueError(f"baseline must be one of {list(KINDS)}, not {kind!r}")
         self.kind = kind
         self._average: Tensor | None = None
+        self._next: Tensor | None = None
 
     def values(self, signal_NH: Tensor, counted_NH: Tensor) -> Tensor:
-        """(N, H) b_h; takes the batch into the running average.
+        """(N, H) b_h; `advance` then takes the batch into the running average.
 
         Args:
             signal_NH: what b_h is the mean of, float64.
@@ -67,8 +68,12 @@ class Baseline:
             return (sums - own) / (counts - counted).clamp(min=1)
         mean = sums / counts.clamp(min=1)
         before = torch.zeros_like(mean) if self._average is None else self._average
-        self._average = mean if self._average is None else torch.lerp(mean, before, _DECAY)
+        self._next = mean if self._average is None else torch.lerp(mean, before, _DECAY)
         return before.expand_as(signal_NH)
+
+    def advance(self) -> None:
+        """Take the batch of the last `values` into the running average."""
+        self._average = self._next
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """What `load_state_dict` needs to go on."""
@@ -77,4 +82,4 @@ class Baseline:
     def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
         """Go on from a state."""
         average = state["average"]
-        self._average = None if average is None else average.clone()
+        self._average = self._next = None if average is None else average.clone()

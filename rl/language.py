@@ -8,6 +8,9 @@ Shape legend: P prompts, K responses a prompt, N = P K responses.
 
 from __future__ import annotations
 
+import copy
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +22,7 @@ from sparring.launch.seeds import derive
 from sparring.optimizers.recursive import RecursiveEstimator
 from sparring.rl.language_policy import POLICY, PREVIOUS, Answer, LanguagePolicy
 from sparring.rl.ranges import check_count, check_range
+from sparring.rl.states import check_settings
 from sparring.rl.steps import Ascent, StepRule, norm
 
 Reward = Callable[[int, str], float]
@@ -65,22 +69,22 @@ def sequence_weights(
 
     Raises:
         ValueError: clip or dual outside its range.
-        FloatingPointError: a weight that is not finite.
+        FloatingPointError: a weight that is not finite, for all that was clipped.
     """
     check_clip(clip, dual)
     with torch.no_grad():
-        weights = (old_N - new_N).exp()
+        # Bounds act on logarithms, or a weight that they are for would overflow before.
+        logs = old_N - new_N
+        if clip is not None:
+            below = logs.clamp(math.log(1 - clip), None if dual is None else math.log(dual))
+            logs = torch.where(advantage_N < 0, below, logs.clamp(max=math.log(1 + clip)))
+        weights = logs.exp()
         if not torch.isfinite(weights).all():
             raise FloatingPointError(
-                f"a log weight is {float((old_N - new_N).max()):.4g}: the step between the two "
-                "policies is too long; lower lr, or shorten the responses"
+                f"a log weight is {float(logs.max()):.4g}: the step between the two policies is "
+                "too long; lower lr, shorten the responses, or set clip and dual"
             )
-        if clip is None:
-            return weights
-        low = weights.clamp(min=1 - clip)
-        if dual is not None:
-            low = low.clamp(max=dual)
-        return torch.where(advantage_N < 0, low, weights.clamp(max=1 + clip))
+        return weights
 
 
 def check_clip(clip: float | None, dual: float | None) -> None:
@@ -142,17 +146,20 @@ class LanguageStormPG:
         seed: int = 0,
     ) -> None:
         check_range("alpha", alpha, 0, 1)
-        counts = {"batch": batch, "init_batch": init_batch or batch, "k": k}
-        for name, value in {**counts, "max_new_tokens": max_new_tokens}.items():
-            check_count(name, value)
+        batch, k = check_count("batch", batch), check_count("k", k)
+        init_batch = batch if init_batch is None else check_count("init_batch", init_batch)
         if k < 2:
             raise ValueError(f"k must be at least 2, the baseline is of the others, not {k}")
         check_clip(clip, dual)
-        if len(prompts) < max(batch, init_batch or 0):
-            raise ValueError(f"{len(prompts)} prompts are fewer than one batch takes: {counts}")
+        if len(prompts) < max(batch, init_batch):
+            raise ValueError(
+                f"{len(prompts)} prompts are fewer than one batch takes: batch = {batch}, "
+                f"init_batch = {init_batch}"
+            )
         self.policy, self.prompts, self.reward = policy, prompts, reward
-        self.alpha, self.batch, self.init_batch, self.k = alpha, batch, init_batch or batch, k
-        self.max_new_tokens, self.clip, self.dual, self.seed = max_new_tokens, clip, dual, seed
+        self.alpha, self.batch, self.init_batch, self.k = alpha, batch, init_batch, k
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.clip, self.dual, self.seed = clip, dual, seed
         # With alpha = 1 the correction has weight 0, and its cost can be saved.
         self.recursion = RecursiveEstimator(1 - alpha, gamma=float(alpha < 1))
         self._ascent = Ascent(policy.parameters(POLICY).items(), optimizer, lr, 1.0)
@@ -168,7 +175,13 @@ class LanguageStormPG:
         return found
 
     def step(self) -> Record:
-        """One iteration; returns its record."""
+        """One iteration; returns its record.
+
+        Raises:
+            ValueError: a reward is not finite.
+            FloatingPointError: the run has diverged: a weight or the gradient is not finite. The
+                method is as it was at the beginning of the iteration.
+        """
         numbers = self.chosen()
         answers = self.policy.sample(
             [self.prompts[n] for n in numbers],
@@ -178,8 +191,15 @@ class LanguageStormPG:
         )
         rewards_PK = self._rewards(numbers, answers)
         present, reference, figures = self.gradients(answers, leave_one_out(rewards_PK).flatten())
+        past = copy.deepcopy(self.recursion.state_dict())
         # Copies, since the next step of the recursion works in place.
         direction = [g.clone() for g in self.recursion.update(present, reference)]
+        length = float(norm(direction))
+        if not math.isfinite(length):
+            self.recursion.load_state_dict(past)
+            raise FloatingPointError(
+                f"the gradient estimate of iteration {self.iteration + 1} is not finite; lower lr"
+            )
         lr = self._ascent.lr
         self.policy.remember()
         self._ascent.step(direction)
@@ -194,7 +214,7 @@ class LanguageStormPG:
             "tokens": self.tokens,
             "reward": float(rewards_PK.mean()),
             "length": sum(lengths) / len(lengths),
-            "gradient_norm": float(norm(direction)),
+            "gradient_norm": length,
             "lr": lr,
             **figures,
         }
@@ -229,18 +249,15 @@ class LanguageStormPG:
             return weights * advantage_N[rows] / size
 
         reference, old_N = self.policy.gradient(PREVIOUS, answers, weighted)
-        raw = sequence_weights(old_N, new_N, advantage_N)
+        logs = old_N - new_N  # those before clipping may be too large for a float
         used = sequence_weights(old_N, new_N, advantage_N, clip=self.clip, dual=self.dual)
-        return (
-            present,
-            reference,
-            {
-                "max_weight": float(raw.max()),
-                "ess": float(raw.sum() ** 2 / raw.square().sum()) / size,
-                "clipped": float((raw != used).double().mean()),
-                "kl": float((new_N - old_N).mean()),
-            },
-        )
+        figures = {
+            "max_weight": min(float(logs.max().exp()), sys.float_info.max),
+            "ess": float((2 * logs.logsumexp(0) - (2 * logs).logsumexp(0)).exp()) / size,
+            "clipped": float((logs.exp() != used).double().mean()),
+            "kl": float((new_N - old_N).mean()),
+        }
+        return present, reference, figures
 
     def evaluate(
         self, prompts: Sequence[Sequence[int]], reward: Reward, *, k: int = 1, seed: int = 0
@@ -281,13 +298,7 @@ class LanguageStormPG:
         Raises:
             ValueError: the state is of other settings.
         """
-        mine, found = self._settings(), state["settings"]
-        differ = [k for k in {**mine, **found} if mine.get(k) != found.get(k)]
-        if differ:
-            raise ValueError(
-                "the state is of other settings: "
-                + ", ".join(f"{k} = {found.get(k)!r}, here {mine.get(k)!r}" for k in differ)
-            )
+        check_settings(self._settings(), state["settings"])
         for adapter in (POLICY, PREVIOUS):
             for name, parameter in self.policy.parameters(adapter).items():
                 parameter.copy_(state[adapter][name])

@@ -5,7 +5,8 @@ Shape legend: N responses, T tokens of a padded row, R response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,7 @@ class LanguagePolicy:
     ) -> list[Answer]:
         """K responses of the present policy to each prompt, at temperature 1 and from the whole
         vocabulary: any truncation would be another policy than the one that is differentiated.
+        What else the model's own generation_config asks for is left out.
 
         Returns:
             The answers of the first prompt, then of the second, and so on.
@@ -114,9 +116,12 @@ class LanguagePolicy:
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=k,
             max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.pad,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
+        with (
+            torch.random.fork_rng(devices=[]),
+            _bare_generation(self.model.get_base_model()) as bare,
+        ):
             torch.manual_seed(seed)
-            made = self.model.generate(
+            made = bare.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=settings,
@@ -180,6 +185,20 @@ class LanguagePolicy:
             torch._foreach_add_(total, list(parts))
         self.model.set_adapter(POLICY)
         return total, torch.cat(found)
+
+
+@contextmanager
+def _bare_generation(model: Any) -> Iterator[Any]:
+    """The model without settings of its own: `generate` fills from them whatever the call leaves
+    None (min_p, repetition_penalty, suppress_tokens, ...), and each changes the law of samples."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:

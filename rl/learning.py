@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparring.rl.policies import CategoricalPolicy, GaussianPolicy, policy_for
 from sparring.rl.policy_files import write_policy
 from sparring.rl.ranks import max_over_ranks
 from sparring.rl.relatives import GPOMDP, PAGEPG, SRVRPG, SVRPG
+from sparring.rl.states import save_state
 from sparring.rl.storm import StormPG
 
 _KINDS: dict[str, type[PolicyGradient]] = {
@@ -94,7 +94,7 @@ def _train(method: PolicyGradient, config: LearnConfig, output: Path, context: C
         # All ranks stop at the same iteration, or the others would wait for one that is gone.
         if max_over_ranks(float(context.stopped())):
             if first:
-                _save(method, checkpoint)
+                save_state(checkpoint, method.state_dict())
             raise Stopped("stopped; run the same command again to go on")
         try:
             record = method.step()
@@ -107,7 +107,7 @@ def _train(method: PolicyGradient, config: LearnConfig, output: Path, context: C
         rows.write(**{name: value for name, value in record.items() if name != "seconds"})
         context.emit(done=method.trajectories, total=config.trajectories, unit="trajectories")
         if time.monotonic() - saved > _SAVE_EVERY:
-            _save(method, checkpoint)
+            save_state(checkpoint, method.state_dict())
             saved = time.monotonic()
     if not first:
         return {}
@@ -130,13 +130,3 @@ def _figures(metrics: Path, diverged: str) -> Figures:
         "max_weight": max(record["max_weight"] for record in records),
         "diverged": diverged,
     }
-
-
-def _save(method: PolicyGradient, path: Path) -> None:
-    """Replace the checkpoint as a whole, so that one killed half-way is never read."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(method.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

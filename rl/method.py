@@ -32,6 +32,7 @@ from sparring.rl.estimators import (
 )
 from sparring.rl.ranges import check_count, check_range
 from sparring.rl.ranks import (
+    check_share,
     max_over_ranks,
     place,
     same_parameters,
@@ -40,6 +41,7 @@ from sparring.rl.ranks import (
     together,
 )
 from sparring.rl.rollouts import Sampler, Trajectories, log_probabilities
+from sparring.rl.states import check_settings
 from sparring.rl.steps import Ascent, StepRule, norm
 
 Record = dict[str, float]
@@ -100,7 +102,9 @@ class PolicyGradient(ABC):
         on_record: called with each record.
 
     Raises:
-        ValueError: an argument outside its range, or an environment that cannot be used.
+        ValueError: an argument outside its range, a part of a batch (the first, a defensive share,
+            the rest of it) with fewer trajectories than ranks, or an environment that cannot be
+            used.
 
     A record has: iteration, trajectories and env_steps (so far, all ranks), return_mean (of this
     batch, not discounted, present policy), objective (discounted), gradient_norm (of `direction`),
@@ -130,16 +134,15 @@ class PolicyGradient(ABC):
     ) -> None:
         check_estimator(estimator)
         check_range("gamma", gamma, 0, 1)
-        check_count("batch", batch)
-        check_count("horizon", horizon)
+        batch, horizon = check_count("batch", batch), check_count("horizon", horizon)
+        check_share("batch", batch, batch)
         if not 0 <= defensive < 1:
             raise ValueError(f"defensive must lie in [0, 1), not {defensive!r}; 0 is off")
         if clip is not None and not clip >= 1:
             raise ValueError(f"clip must be at least 1, not {clip!r}; None is off")
-        if batch < place()[1]:
-            raise ValueError(f"batch = {batch} is less than one trajectory for {place()[1]} ranks")
         self.policy, self.batch, self.horizon, self.gamma = policy, batch, horizon, gamma
         self.estimator, self.clip, self.defensive = estimator, clip, defensive
+        self._old = self._defensive_share()
         width = math.ceil(batch / place()[1]) if num_envs is None else num_envs
         self._sampler = Sampler(open_environment(env, width), horizon)
         self._baseline = Baseline(baseline)
@@ -234,13 +237,17 @@ class PolicyGradient(ABC):
         start, plan = perf_counter(), self._plan()
         batch, old_share, own = together(lambda: self._sample(plan))
         present, reference, figures = self._gradients(batch, plan, old_share)
+        past = copy.deepcopy(self.recursion.state_dict())
         # Copies, since the next step of the recursion works in place.
-        self.direction = [g.clone() for g in self._combine(present, reference)]
-        length = float(norm(self.direction))
+        direction = [g.clone() for g in self._combine(present, reference)]
+        length = float(norm(direction))
         if not math.isfinite(length):
+            self.recursion.load_state_dict(past)
             raise FloatingPointError(
                 f"the gradient estimate of iteration {self.iteration + 1} is not finite; lower lr"
             )
+        self.direction = direction
+        self._baseline.advance()
         if self._becomes_reference(plan):
             self._reference.load_state_dict(self.policy.state_dict())
         lr = self._ascent.lr
@@ -271,15 +278,23 @@ class PolicyGradient(ABC):
             self._on_record(record)
         return record
 
+    def _defensive_share(self) -> int:
+        """Trajectories of a corrected batch that come from the reference policy."""
+        if not self.defensive:
+            return 0
+        old = round(self.defensive * self.batch)
+        if not 0 < old < self.batch:
+            raise ValueError(
+                f"defensive = {self.defensive} of a batch of {self.batch} is {old} trajectories: "
+                "raise the batch, or set defensive so that both policies get at least one"
+            )
+        check_share("defensive", self.defensive, min(old, self.batch - old))
+        return old
+
     def _sample(self, plan: Plan) -> tuple[Trajectories, float, Trajectories]:
         """This rank's trajectories, the reference's share of the batch, and the present's own."""
         numbers = range(self.trajectories, self.trajectories + plan.count)
-        old = round(self.defensive * plan.count) if plan.corrects else 0
-        if plan.corrects and self.defensive and not 0 < old < plan.count:
-            raise ValueError(
-                f"defensive = {self.defensive} of a batch of {plan.count} is {old} trajectories: "
-                "raise the batch, or set defensive so that both policies get at least one"
-            )
+        old = self._old if plan.corrects else 0
         own = self._sampler.sample(self.policy, self.seed, share(numbers[old:]))
         if not old:
             return own, 0.0, own
@@ -352,13 +367,7 @@ class PolicyGradient(ABC):
         Raises:
             ValueError: the state is of another method or other settings.
         """
-        mine, found = self._settings(), state["settings"]
-        differ = [k for k in {**mine, **found} if mine.get(k) != found.get(k)]
-        if differ:
-            raise ValueError(
-                "the state is of other settings: "
-                + ", ".join(f"{k} = {found.get(k)!r}, here {mine.get(k)!r}" for k in differ)
-            )
+        check_settings(self._settings(), state["settings"])
         self.policy.load_state_dict(state["policy"])
         self._reference.load_state_dict(state["reference"])
         self.recursion.load_state_dict(state["recursion"])

@@ -67,9 +67,25 @@ def share(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[rank::world]
 
 
+def check_share(name: str, value: object, trajectories: int) -> None:
+    """Refuse a part of a batch that would leave a rank without a trajectory.
+
+    Raises:
+        ValueError: it has fewer trajectories than there are ranks.
+    """
+    world = place()[1]
+    if trajectories < world:
+        raise ValueError(
+            f"{name} = {value!r} makes a part of {trajectories} trajectories for {world} ranks: "
+            "each needs one; raise the batch, or use fewer ranks"
+        )
+
+
 def same_parameters(module: nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Give every rank the parameters and buffers of rank 0, wherever they lie."""
     if place()[1] > 1:
         with torch.no_grad():
             for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor, src=0)
+                held = tensor.to(_device())
+                dist.broadcast(held, src=0)
+                tensor.copy_(held)

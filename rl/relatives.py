@@ -11,6 +11,7 @@ from sparring.optimizers.recursive import RecursiveEstimator
 from sparring.rl.environments import Environment
 from sparring.rl.method import Gradients, Plan, PolicyGradient
 from sparring.rl.ranges import check_count, check_range
+from sparring.rl.ranks import check_share
 
 
 class GPOMDP(PolicyGradient):
@@ -34,8 +35,8 @@ class _Anchored(PolicyGradient):
     def __init__(
         self, policy: nn.Module, env: Environment, *, init_batch: int, **settings: Any
     ) -> None:
-        check_count("init_batch", init_batch)
-        self.init_batch = init_batch
+        self.init_batch = check_count("init_batch", init_batch)
+        check_share("init_batch", init_batch, self.init_batch)
         super().__init__(policy, env, **settings)
 
     def _make_recursion(self) -> RecursiveEstimator:
@@ -81,8 +82,7 @@ class SRVRPG(_Anchored):
     def __init__(
         self, policy: nn.Module, env: Environment, *, period: int, **settings: Any
     ) -> None:
-        check_count("period", period)
-        self.period = period
+        self.period = check_count("period", period)
         super().__init__(policy, env, **settings)
 
     def _anchors(self) -> bool:

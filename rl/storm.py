@@ -10,6 +10,7 @@ from sparring.optimizers.recursive import RecursiveEstimator
 from sparring.rl.environments import Environment
 from sparring.rl.method import Plan, PolicyGradient
 from sparring.rl.ranges import check_count, check_range
+from sparring.rl.ranks import check_share
 
 
 class StormPG(PolicyGradient):
@@ -52,10 +53,9 @@ class StormPG(PolicyGradient):
         **settings: Any,
     ) -> None:
         check_range("alpha", alpha, 0, 1)
-        check_count("init_batch", init_batch)
-        if restart is not None:
-            check_count("restart", restart)
-        self.alpha, self.init_batch, self.restart = alpha, init_batch, restart
+        self.alpha, self.init_batch = alpha, check_count("init_batch", init_batch)
+        check_share("init_batch", init_batch, self.init_batch)
+        self.restart = None if restart is None else check_count("restart", restart)
         super().__init__(policy, env, **settings)
 
     def _make_recursion(self) -> RecursiveEstimator:

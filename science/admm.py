@@ -35,6 +35,7 @@ from sparring.science.admm_terms import (
     Quadratic,
     SmoothTerm,
     Solve,
+    point,
 )
 
 __all__ = [
@@ -70,30 +71,29 @@ class State(NamedTuple):
 class _Iteration:
     """One iteration of the scheme, with what it can compute once."""
 
-    def __init__(self, problem: AdmmProblem, scheme: Scheme) -> None:
+    def __init__(self, problem: AdmmProblem, scheme: Scheme, batch: int | None = None) -> None:
         scheme.check(problem.A)
         self.problem, self.scheme = problem, scheme
+        self.calls = {"df": 0, "d2f": 0}
+        self.f = problem.f.counted(self.calls, batch)
         A = problem.A
         self.K: FloatArray = (1 - scheme.omega) * scheme.rho * A.T @ A + scheme.tau * np.eye(
             A.shape[1]
         )
-        self.solve: Solve = problem.f.solver(1 - scheme.omega1, self.K)
+        self.solve: Solve = self.f.solver(1 - scheme.omega1, self.K)
 
     def start(self, x0: npt.ArrayLike | None) -> State:
         """z = Ax, and u = g'(z)/ρ where g has a gradient, else 0."""
         problem = self.problem
-        x = np.zeros(problem.f.dimension) if x0 is None else np.array(x0, dtype=np.float64)
-        if x.shape != (problem.f.dimension,) or not np.isfinite(x).all():
-            raise ValueError(
-                f"x0 must be finite of shape ({problem.f.dimension},), got shape {x.shape}"
-            )
+        size = problem.f.dimension
+        x = np.zeros(size) if x0 is None else point("x0", x0, size)
         z = problem.A @ x
         u = problem.g.gradient(z) / self.scheme.rho if problem.g.smooth else np.zeros_like(z)
         return State(x, z, np.asarray(u))
 
     def __call__(self, state: State, xi: Any) -> State:
         x, z, u = state
-        f, g, A = self.problem.f, self.problem.g, self.problem.A
+        f, g, A = self.f, self.problem.g, self.problem.A
         rho, alpha, omega1 = self.scheme.rho, self.scheme.alpha, self.scheme.omega1
         q = rho * A.T @ (A @ x - z + u) - self.K @ x
         if omega1:
@@ -148,8 +148,9 @@ def admm(
     Returns:
         scipy's OptimizeResult: x (D,), z (M,), u (M,), fun = f(x) + g(Ax), grad_norm =
         ‖f'(x) + ρAᵀu‖ (since ρu is in ∂g(z), both 0 means optimal), residual = ‖Ax − z‖, nit,
-        n_ifo {"df": sample gradients}, history (arrays nit, fun, grad_norm, residual), success,
-        message. Monitoring is not counted in n_ifo.
+        n_ifo {"df": gradients, "d2f": Hessians of single samples that the x-updates took, every
+        step of Newton's method one of each}, history (arrays nit, fun, grad_norm, residual),
+        success, message. Monitoring, and the values in Newton's line search, are not in n_ifo.
 
     Raises:
         ValueError: an argument out of range, an unstable scheme, an x-update without unique
@@ -164,7 +165,7 @@ def admm(
         raise ValueError(f"tol must not be negative, got {tol!r}")
     if tol is not None and batch is not None:
         raise ValueError("with a batch the iterates never settle; leave tol out, set max_iter")
-    iterate = _Iteration(problem, scheme)
+    iterate = _Iteration(problem, scheme, batch)
     state = iterate.start(x0)
     limit = 0.0 if batch is not None else 1e-8 if tol is None else tol
     return _drive(iterate, state, batch, max_iter, limit, records, seed, callback)
@@ -213,7 +214,7 @@ def _drive(
         u=state.u,
         **{name: float(history[name][-1]) for name in names},
         nit=k,
-        n_ifo={"df": k * (problem.f.samples if batch is None else batch)},
+        n_ifo=dict(iterate.calls),
         history=history,
         success=done or (batch is not None and finite),
         message=message,

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from scipy.optimize import OptimizeResult
 
 from sparring.launch.seeds import derive
-from sparring.science.admm_problem import Penalty, Scheme
-from sparring.science.admm_terms import FloatArray, SmoothTerm
+from sparring.science.admm_problem import AdmmProblem, Penalty, Scheme
+from sparring.science.admm_terms import FloatArray, SmoothTerm, point
 
 _State = tuple[FloatArray, FloatArray, FloatArray]
 
@@ -42,10 +42,11 @@ def consensus_admm(
         u_r⁺ = u_r + x̂_r − z⁺
 
     (Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 2011, section 7,
-    with relaxation.) Two all-reduces an iteration, of D and of 3 float64 numbers; data
-    never travel. With n_r of n rows each, f_r = LeastSquares(rows, targets, weight=n_r / n)
-    gives the mean over all rows. R counts losses, not ranks: a rank may hold several, and dealt out
-    in turn (rank k of W with f_k, f_{k+W}, …) they take the same steps on any number of ranks.
+    with relaxation.) Two all-reduces an iteration, of D and of 2 float64 numbers, and one more
+    where it may be done; data never travel. With n_r of n rows each, f_r = LeastSquares(rows,
+    targets, weight=n_r / n) gives the mean over all rows. R counts losses, not ranks: a rank may
+    hold several, and dealt out in turn (rank k of W with f_k, f_{k+W}, …) they take the same steps
+    on any number of ranks.
     Without torch.distributed it runs alone.
 
     Args:
@@ -64,10 +65,11 @@ def consensus_admm(
         scipy's OptimizeResult, the same on all ranks but for `x_local` and `u`, a row for each of
         the rank's losses (without rows for a single one): x = z (D,), nit,
         residual = √Σ‖x_r − z‖², grad_norm = √Σ‖f_r'(x_r) + ρu_r‖²,
-        success, message.
+        n_ifo as that of `admm`, of the rank's losses, success, message. With a batch grad_norm is
+        computed at the end only, since it takes all of the data.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range or of the wrong shape.
     """
     scheme = Scheme(rho=rho, alpha=alpha, omega1=omega1, tau=tau)
     if batch is not None and (batch < 1 or tol is not None):
@@ -79,10 +81,10 @@ def consensus_admm(
         raise ValueError("f is empty: give every rank at least one loss")
     ranks = _Ranks(group, len(parts))
     size = parts[0].dimension
-    z = np.zeros(size) if x0 is None else np.array(x0, dtype=np.float64)
-    if z.shape != (size,):
-        raise ValueError(f"x0 must have shape ({size},), got {z.shape}")
-    iterate = _Local(parts, g, scheme, ranks)
+    for part in parts:
+        AdmmProblem(part, g, np.eye(size))  # for its checks of D and of beta
+    z = np.zeros(size) if x0 is None else point("x0", x0, size)
+    iterate = _Local(parts, g, scheme, ranks, batch)
     rngs = [np.random.default_rng(derive(seed, "consensus", n)) for n in ranks.numbers]
     state = (np.tile(z, (len(parts), 1)), z, np.zeros((len(parts), size)))
     limit = 0.0 if batch is not None else 1e-8 if tol is None else tol
@@ -93,30 +95,33 @@ def consensus_admm(
             draws = [part.draw(rng, batch) for part, rng in zip(parts, rngs, strict=True)]
         state = iterate(state, draws)
         k += 1
-        residual, slope, dual = iterate.residuals(state)
-        finite = residual + slope < 1e100  # else it has diverged; False for NaN too
+        residual, dual = iterate.residuals(state)
+        finite = residual + dual < 1e100  # else it has diverged; False for NaN too
         near = residual <= limit * (1 + ranks.losses**0.5 * float(np.linalg.norm(state[1])))
-        done = batch is None and near and slope <= limit * (1 + dual)
+        done = batch is None and near and iterate.slope(state) <= limit * (1 + dual)
         if callback is not None and finite:
             callback(k, state[1], residual)
-    message = f"{k} iterations are made"
-    if done:
-        message = f"residual and gradient are within tol = {limit:g}"
-    elif not finite:
-        message = f"x left all bounds by iteration {k}; take a larger tau or rho"
     single = isinstance(f, SmoothTerm)
-    each = sum(part.samples for part in parts) if batch is None else batch * len(parts)
     return OptimizeResult(
         x=state[1],
         x_local=state[0][0] if single else state[0],
         u=state[2][0] if single else state[2],
         nit=k,
         residual=residual,
-        grad_norm=slope,
-        n_ifo={"df": k * each},
+        grad_norm=iterate.slope(state),
+        n_ifo=dict(iterate.calls),
         success=done or (batch is not None and finite),
-        message=message,
+        message=_message(k, limit, done=done, finite=finite),
     )
+
+
+def _message(k: int, tol: float, *, done: bool, finite: bool) -> str:
+    """Why a run ended."""
+    if done:
+        return f"residual and gradient are within tol = {tol:g}"
+    if not finite:
+        return f"x left all bounds by iteration {k}; take a larger tau or rho"
+    return f"{k} iterations are made"
 
 
 class _Ranks:
@@ -136,20 +141,31 @@ class _Ranks:
         """The same bytes on all ranks."""
         if not self._shared:
             return values
-        total = torch.from_numpy(np.array(values, dtype=np.float64))
+        total = torch.from_numpy(np.array(values, dtype=np.float64)).to(self._device())
         dist.all_reduce(total, group=self._group)
-        return total.numpy()
+        return np.asarray(total.cpu().numpy())
+
+    def _device(self) -> str:
+        """Where the backend reduces: NCCL knows no tensors on the CPU."""
+        return "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
 
 
 class _Local:
     """This rank's part of an iteration; a state is (x (P, D), z (D,), u (P, D)) of P losses."""
 
     def __init__(
-        self, parts: Sequence[SmoothTerm], g: Penalty, scheme: Scheme, ranks: _Ranks
+        self,
+        parts: Sequence[SmoothTerm],
+        g: Penalty,
+        scheme: Scheme,
+        ranks: _Ranks,
+        batch: int | None,
     ) -> None:
-        self.parts, self.g, self.scheme, self.ranks = parts, g, scheme, ranks
+        self.g, self.scheme, self.ranks, self.uncounted = g, scheme, ranks, parts
+        self.calls = {"df": 0, "d2f": 0}
+        self.parts = [part.counted(self.calls, batch) for part in parts]
         K = (scheme.rho + scheme.tau) * np.eye(parts[0].dimension)
-        self.solves = [part.solver(1 - scheme.omega1, K) for part in parts]
+        self.solves = [part.solver(1 - scheme.omega1, K) for part in self.parts]
 
     def __call__(self, state: _State, draws: Sequence[Any]) -> _State:
         before, z, u = state
@@ -165,11 +181,16 @@ class _Local:
         z = self.g.prox(self.ranks.sum((relaxed + u).sum(0)) / count, 1 / (count * rho))
         return x, z, u + relaxed - z
 
-    def residuals(self, state: _State) -> tuple[float, float, float]:
-        """√Σ‖x_r − z‖², √Σ‖f_r'(x_r) + ρu_r‖² and √Σ‖ρu_r‖²."""
+    def residuals(self, state: _State) -> tuple[float, float]:
+        """√Σ‖x_r − z‖² and √Σ‖ρu_r‖²."""
         x, z, u = state
-        dual = self.scheme.rho * u
-        slope = np.stack([part.gradient(x[n]) for n, part in enumerate(self.parts)]) + dual
-        sums = np.array([np.sum((x - z) ** 2), np.sum(slope**2), np.sum(dual**2)])
-        residual, gradient, size = np.sqrt(self.ranks.sum(sums))
-        return float(residual), float(gradient), float(size)
+        sums = np.array([np.sum((x - z) ** 2), np.sum((self.scheme.rho * u) ** 2)])
+        residual, size = np.sqrt(self.ranks.sum(sums))
+        return float(residual), float(size)
+
+    def slope(self, state: _State) -> float:
+        """√Σ‖f_r'(x_r) + ρu_r‖², from all of the data."""
+        x, _, u = state
+        slopes = np.stack([part.gradient(x[n]) for n, part in enumerate(self.uncounted)])
+        square = np.sum((slopes + self.scheme.rho * u) ** 2)
+        return float(np.sqrt(self.ranks.sum(np.array([square]))[0]))

@@ -5,6 +5,7 @@ Shape legend: D variables, M rows of A, N samples, P paths, K dimensions of the 
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,6 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 ArrayOrTensor = TypeVar("ArrayOrTensor", FloatArray, Tensor)
 # q (D,), ξ, a start (D,) ↦ the minimiser of weight f(x, ξ) + ½ xᵀKx + qᵀx.
 Solve = Callable[[FloatArray, Any, FloatArray], FloatArray]
+Derivative = Callable[[FloatArray, Any], FloatArray]
 
 
 def finite_array(name: str, values: npt.ArrayLike, ndim: int) -> FloatArray:
@@ -34,6 +36,21 @@ def finite_array(name: str, values: npt.ArrayLike, ndim: int) -> FloatArray:
         raise ValueError(f"{name} must have {ndim} axes and entries, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite; {np.sum(~np.isfinite(array))} entries are not")
+    return array
+
+
+def point(name: str, values: npt.ArrayLike, size: int) -> FloatArray:
+    """A float64 copy of a finite vector (size,).
+
+    Raises:
+        ValueError: another shape, or entries that are not finite.
+    """
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (size,) or not np.isfinite(array).all():
+        raise ValueError(
+            f"{name} must be finite of shape ({size},), got shape {array.shape} with "
+            f"{np.sum(~np.isfinite(array))} entries that are not"
+        )
     return array
 
 
@@ -85,6 +102,24 @@ class SmoothTerm(ABC):
     def draw(self, rng: np.random.Generator, batch: int) -> Any:
         """ξ of a batch of samples."""
         raise NotImplementedError
+
+    def counted(self, calls: dict[str, int], batch: int | None) -> SmoothTerm:
+        """A copy that adds to calls["df"] and calls["d2f"] the samples whose gradient or Hessian
+        it is asked for, by its `solver` too: `batch` with a ξ, all without."""
+        copied = copy.copy(self)
+
+        def tallied(kind: str, derivative: Derivative) -> Derivative:
+            def asked(x: FloatArray, xi: Any = None) -> FloatArray:
+                calls[kind] += self.samples if xi is None or batch is None else batch
+                return derivative(x, xi)
+
+            return asked
+
+        # In the copy's dictionary, where its methods find them before those of the class.
+        vars(copied).update(
+            gradient=tallied("df", self.gradient), hessian=tallied("d2f", self.hessian)
+        )
+        return copied
 
     def noise(self, x: FloatArray) -> FloatArray:
         """(D, K) a factor σ(x) of the covariance σσᵀ of f'(x, ξ), one sample."""
@@ -198,8 +233,15 @@ class Quadratic(SmoothTerm):
 
     def solver(self, weight: float, K: FloatArray) -> Solve:
         """As the base class's; one factorisation for all ξ."""
-        factored = factor(weight * self.H + K)
-        return lambda q, xi, start: np.asarray(cho_solve(factored, weight * self._shift(xi) - q))
+        if weight == 0:
+            return super().solver(weight, K)
+        origin = np.zeros(self.dimension)
+        factored = factor(weight * self.hessian(origin) + K)
+
+        def solve(q: FloatArray, xi: Any, start: FloatArray) -> FloatArray:
+            return np.asarray(cho_solve(factored, -weight * self.gradient(origin, xi) - q))
+
+        return solve
 
 
 class _Rows(SmoothTerm):
@@ -282,16 +324,17 @@ class LeastSquares(_Rows):
 
     def solver(self, weight: float, K: FloatArray) -> Solve:
         """As the base class's; the factorisation of all rows is kept."""
+        if weight == 0:
+            return super().solver(weight, K)
         origin = np.zeros(self.dimension)
-        whole = None if weight == 0 else self.hessian(origin)
         kept: list[tuple[FloatArray, bool]] = []
 
         def solve(q: FloatArray, xi: Any, start: FloatArray) -> FloatArray:
             shift = -weight * self.gradient(origin, xi) - q
-            if xi is not None and weight:
+            if xi is not None:
                 return np.asarray(cho_solve(factor(weight * self.hessian(origin, xi) + K), shift))
             if not kept:
-                kept.append(factor(K if whole is None else weight * whole + K))
+                kept.append(factor(weight * self.hessian(origin) + K))
             return np.asarray(cho_solve(kept[0], shift))
 
         return solve

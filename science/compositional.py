@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,8 +127,9 @@ def minimize_compositional(
         leaving the finite numbers.
 
     Raises:
-        ValueError: a bad argument, a callable of the wrong shape, L · D over the limit, or "gd" or
-            default anchors for an online problem.
+        ValueError: a bad argument or value of a schedule, a callable of the wrong shape, L · D over
+            the limit, max_ifo below what the first step takes, or "gd" or default anchors for an
+            online problem.
     """
     point = _start(x0)
     rule = _rule(problem, method, q, batch, anchor_batch, averaging)
@@ -138,6 +140,11 @@ def minimize_compositional(
     oracle = Oracle(problem, generator)
     history = _History(problem.monitor(monitor_samples, derive(seed, "monitor")), [])
     run = _Run(make(rule, oracle), rate, normalize, callback)
+    if max_ifo is not None and max_ifo < run.method.cost(0):
+        raise ValueError(
+            f"max_ifo = {max_ifo} does not hold the first step of {method!r}, which takes "
+            f"{run.method.cost(0)} IFO calls; raise it, or give a smaller anchor_batch or batch"
+        )
     chooser = np.random.default_rng(derive(seed, "output")) if output == "random" else None
     return _drive(run, point, history, max_iter, max_ifo, tol, records, chooser)
 
@@ -175,7 +182,12 @@ def _drive(
     oracle, t, due, chosen = run.method.oracle, 0, 1, x
     steps, calls = max_iter or math.inf, max_ifo or math.inf
     value, norm = history.record(0, oracle.calls, x)
-    message = f"the budget is spent: {max_iter} steps or {max_ifo} IFO calls"
+    budgets = ((max_iter, "steps"), (max_ifo, "IFO calls"))
+    spent = " or ".join(f"{size} {unit}" for size, unit in budgets if size is not None)
+    message = f"the budget is spent: {spent}"
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        message = f"Φ = {value} and ‖∇Φ‖ = {norm} at x0: start where both are finite"
+        steps = 0
     while norm > tol and t < steps and oracle.total + run.method.cost(t) <= calls:
         x = run.step(t, x)
         t += 1
@@ -198,7 +210,7 @@ def _drive(
         value, gradient = history.evaluate(x)
         norm = float(gradient.norm())
     return OptimizeResult(
-        x=x.detach().to(torch.float64).numpy(),
+        x=x.detach().to("cpu", torch.float64).numpy(),
         fun=value,
         grad_norm=norm,
         nit=t,
@@ -222,11 +234,18 @@ def _start(x0: npt.ArrayLike | Tensor) -> Tensor:
 
 
 def _triple(name: str, value: int | Triple) -> Triple:
-    sizes: Iterable[int] = (value,) * 3 if isinstance(value, int) else value
-    a, b, c = (int(size) for size in sizes)
-    if min(a, b, c) < 1:
-        raise ValueError(f"{name} must be at least 1 sample of each kind, got {value!r}")
-    return a, b, c
+    """Sizes of batches of g, ∂g and ∇f out of one number or three."""
+    parts = value if isinstance(value, tuple | list) else (value,) * 3
+    try:
+        sizes = tuple(operator.index(size) for size in parts)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ValueError(
+            f"{name} must be one whole number or three, at least 1 sample of each kind, got "
+            f"{value!r}"
+        )
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _rule(
@@ -271,7 +290,14 @@ def _weights(
         return lambda t: (0.0, 0.0, 0.0)
     if callable(averaging):
         schedule = averaging
-        return lambda t: (schedule(t),) * 3
+
+        def weights(t: int) -> tuple[float, float, float]:
+            weight = float(schedule(t))
+            if not 0 < weight <= 1:
+                raise ValueError(f"averaging({t}) must be in (0, 1], got {weight!r}")
+            return (weight,) * 3
+
+        return weights
     if averaging is None:
         averaging = 0.01 if method == "storm-c" else 0.9
     values = averaging if isinstance(averaging, tuple) else (averaging,) * 3
@@ -284,7 +310,15 @@ def _rate(
     problem: CompositionalProblem, method: str, lr: Schedule | None
 ) -> Callable[[int], float]:
     if callable(lr):
-        return lr
+        schedule = lr
+
+        def rate_at(t: int) -> float:
+            length = float(schedule(t))
+            if not (math.isfinite(length) and length >= 0):
+                raise ValueError(f"lr({t}) must be finite and at least 0, got {length!r}")
+            return length
+
+        return rate_at
     if lr is None:
         if method != "sarah-c" or problem.smoothness is None or not problem.finite:
             raise ValueError(

@@ -96,7 +96,10 @@ def portfolio(returns_TN: npt.ArrayLike) -> CompositionalProblem:
         returns_TN: (T, N), any unit.
 
     Returns:
-        The problem, with `optimum` = −¼ r̄ᵀΣ⁻¹r̄ where Σ is regular. `portfolio_optimum` gives x*.
+        The problem, with `optimum` = −¼ r̄ᵀΣ⁻¹r̄. `portfolio_optimum` gives x*.
+
+    Raises:
+        ValueError: Σ is singular, so that Φ has no minimum.
     """
     returns = torch.from_numpy(_matrix("returns", returns_TN))
     periods, assets = returns.shape

@@ -111,6 +111,7 @@ class CompositionalProblem:
         self._draws = draws
         self._jacobian, self._gradient = inner_jacobian, outer_gradient
         self.smoothness, self.optimum = smoothness, optimum
+        self._width: int | None = None  # L, once g was asked for
 
     @classmethod
     def from_samples(
@@ -164,22 +165,35 @@ class CompositionalProblem:
             raise ValueError(
                 f"inner must return one row a sample, ({batch.size}, L), got {tuple(values.shape)}"
             )
+        self._width = values.shape[1]
         return values.mean(0)
 
     def jacobian(self, x: Tensor, batch: Batch) -> Tensor:
         """(L, D) mean of ∂g_j(x) over the batch."""
         if self._jacobian is not None:
-            return self._jacobian(x, batch.rows)
+            return self._given_jacobian(self._jacobian, x, batch)
         jacobian: Tensor = torch.func.jacrev(lambda point: self.value(point, batch))(x)
         return jacobian
 
     def pullback(self, x: Tensor, batch: Batch, cotangent: Tensor) -> Tensor:
         """(D,) mean of ∂g_j(x)ᵀ v over the batch, for v (L,), without the Jacobian if it can."""
         if self._jacobian is not None:
-            return self._jacobian(x, batch.rows).T @ cotangent
+            return self._given_jacobian(self._jacobian, x, batch).T @ cotangent
         pair: Any = torch.func.vjp(lambda point: self.value(point, batch), x)
         product: Tensor = pair[1](cotangent)[0]
         return product
+
+    def _given_jacobian(
+        self, function: Callable[[Tensor, Any], Tensor], x: Tensor, batch: Batch
+    ) -> Tensor:
+        matrix = function(x, batch.rows)
+        width = len(self.value(x, batch)) if self._width is None else self._width
+        if matrix.shape != (width, len(x)):
+            raise ValueError(
+                f"inner_jacobian must return the mean over the rows, (L, D) = {(width, len(x))}, "
+                f"got {tuple(matrix.shape)}"
+            )
+        return matrix
 
     def outer_value(self, y: Tensor, batch: Batch) -> Tensor:
         """() mean of f_i(y) over the batch."""
@@ -193,7 +207,13 @@ class CompositionalProblem:
     def outer_gradient(self, y: Tensor, batch: Batch) -> Tensor:
         """(L,) mean of ∇f_i(y) over the batch."""
         if self._gradient is not None:
-            return self._gradient(y, batch.rows)
+            given = self._gradient(y, batch.rows)
+            if given.shape != y.shape:
+                raise ValueError(
+                    f"outer_gradient must return the mean over the rows, (L,) = {tuple(y.shape)}, "
+                    f"got {tuple(given.shape)}"
+                )
+            return given
         gradient: Tensor = torch.func.grad(lambda point: self.outer_value(point, batch))(y)
         return gradient
 

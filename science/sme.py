@@ -25,7 +25,7 @@ from sparring.launch.seeds import derive
 from sparring.science import sme_advice
 from sparring.science.admm_moments import Moments
 from sparring.science.admm_problem import AdmmProblem, Scheme
-from sparring.science.admm_terms import FloatArray
+from sparring.science.admm_terms import FloatArray, point
 from sparring.science.sme_advice import Advice, StoppingTime
 from sparring.science.sme_linear import OrnsteinUhlenbeck
 from sparring.science.sme_weak import WeakError, weak_error_exact, weak_error_sampled
@@ -89,14 +89,16 @@ class Sme:
         """Time of one iteration, 1/ρ."""
         return self.scheme.eps
 
+    def _point(self, name: str, x: npt.ArrayLike) -> FloatArray:
+        return point(name, x, self.problem.f.dimension)
+
     def drift(self, x: npt.ArrayLike) -> FloatArray:
         """(D,) −M⁻¹ ∇V(x)."""
-        point = np.asarray(x, dtype=np.float64)
-        return np.asarray(-np.linalg.solve(self.M, self.problem.gradient(point)))
+        return np.asarray(-np.linalg.solve(self.M, self.problem.gradient(self._point("x", x))))
 
     def diffusion(self, x: npt.ArrayLike) -> FloatArray:
         """(D, K) √(ε/B) M⁻¹ σ(x)."""
-        sigma = self.problem.f.noise(np.asarray(x, dtype=np.float64))
+        sigma = self.problem.f.noise(self._point("x", x))
         return np.asarray(math.sqrt(self.eps / self.batch) * np.linalg.solve(self.M, sigma))
 
     @cached_property
@@ -104,14 +106,18 @@ class Sme:
         """(D,) the minimiser x* of V.
 
         Raises:
-            ValueError: it was not found.
+            ValueError: it was not found, or V is quadratic and flat in a direction.
         """
-        if self.problem.linear:
-            zero = np.zeros(self.problem.f.dimension)
-            return np.asarray(
-                np.linalg.solve(self.problem.hessian(zero), -self.problem.gradient(zero))
-            )
         start = np.zeros(self.problem.f.dimension)
+        if self.problem.linear:
+            hessian = self.problem.hessian(start)
+            eigenvalues = np.linalg.eigvalsh(hessian)
+            if eigenvalues[0] <= 1e-12 * eigenvalues[-1]:
+                raise ValueError(
+                    f"V has no single minimum, V'' has the eigenvalue {eigenvalues[0]:.3g}; add "
+                    "curvature (beta > 0), or simulate with 'em' or 'tamed', which need none"
+                )
+            return np.asarray(np.linalg.solve(hessian, -self.problem.gradient(start)))
         found = root(self.problem.gradient, start, jac=self.problem.hessian, tol=1e-13)
         norm = float(np.linalg.norm(self.problem.gradient(found.x)))
         if norm > 1e-6:
@@ -135,7 +141,7 @@ class Sme:
                 "mean_cov is exact and needs a Quadratic f and a Ridge g; use simulate, or "
                 "local.mean_cov for the equation linearised at the optimum"
             )
-        return self.local.mean_cov(t, x0)
+        return self.local.mean_cov(t, self._point("x0", x0))
 
     def simulate(
         self,
@@ -164,19 +170,20 @@ class Sme:
             device: where to simulate.
 
         Raises:
-            ValueError: an argument out of range, or "exact" for a V that is not quadratic.
+            ValueError: an argument out of range, or "exact" for a V that is not quadratic or that
+                has no single minimum.
         """
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
         if n_paths < 1 or not dt > 0 or not t >= 0:
             raise ValueError(f"n_paths ≥ 1, dt > 0 and t ≥ 0 are needed, got {n_paths}, {dt}, {t}")
-        start = torch.as_tensor(np.asarray(x0, dtype=np.float64)).to(device)
-        x = start.expand(n_paths, -1)
+        start = self._point("x0", x0)
+        x = torch.from_numpy(start).to(device).expand(n_paths, -1)
         generator = torch.Generator(device).manual_seed(derive(seed, "sme", "paths"))
         if scheme == "exact":
             return self._simulate_exact(x, t, dt, generator)
         move = self.increment(tamed=scheme == "tamed")
-        width = self.diffusion(np.asarray(x0, dtype=np.float64)).shape[1]
+        width = self.diffusion(start).shape[1]
         count = math.ceil(t / dt - 1e-9)
         for k in range(count):
             step = min(dt, t - k * dt)
@@ -206,14 +213,15 @@ class Sme:
         return move
 
     def _linear_increment(self, tamed: bool) -> Callable[[Tensor, float, Tensor], Tensor]:
-        """The same where −M⁻¹∇V is a matrix and σ one for all paths."""
-        process = self.local
-        parts = (process.rate.T, process.centre, self.diffusion(process.centre).T)
-        rate, centre, spread = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+        """The same where M⁻¹∇V = rate x − pull, and σ is one for all paths."""
+        zero = np.zeros(self.problem.f.dimension)
+        matrix = np.linalg.solve(self.M, self.problem.hessian(zero)).T
+        parts = (matrix, self.drift(zero), self.diffusion(zero).T)
+        rate, pull, spread = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
         square = float((spread**2).sum())
 
         def move(x: Tensor, dt: float, dW: Tensor) -> Tensor:
-            drift = (centre.to(x) - x) @ rate.to(x)
+            drift = torch.addmm(pull.to(x), x, rate.to(x), alpha=-1)
             change = torch.addmm(drift, dW, spread.to(x), beta=dt)
             if tamed:
                 change = change / (1 + dt * (drift.norm(dim=1) + square))[:, None]
@@ -247,6 +255,7 @@ class Sme:
         substeps: int = 8,
         scheme: str = "tamed",
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ) -> WeakError:
         """|E φ(x_k) − E φ(X_kε)| between ADMM and its equation for several ε, c and α kept.
 
@@ -255,29 +264,35 @@ class Sme:
         numbers: an ADMM iteration takes the sum of the equation's increments over its time.
 
         Args:
-            eps_list: at least two ε, so that t/ε is close to a whole number.
+            eps_list: at least two ε of at most t, so that t/ε is close to a whole number.
             phi: test function, or None.
             t: end of time.
             x0: (D,).
-            n_paths, substeps, scheme, seed: of the simulation; the equation takes steps ε/substeps.
+            n_paths, substeps, scheme, seed, device: of the simulation; the equation takes steps
+                ε/substeps.
 
         Returns:
             WeakError: eps (E,), error (E,), stderr (E,), slope of log error in log ε; without phi
             also cov_error and cov_slope (the covariance itself is of order ε).
 
         Raises:
-            ValueError: fewer than two ε, or `phi` missing where nothing is exact.
+            ValueError: fewer than two ε, one above t, or `phi` missing where nothing is exact.
         """
         if len(eps_list) < 2 or min(eps_list) <= 0:
             raise ValueError(f"give at least two positive ε, got {list(eps_list)}")
+        if not t >= max(eps_list):
+            raise ValueError(
+                f"t = {t} ends before the first iteration of the largest ε = {max(eps_list)}; "
+                "raise t, or take smaller ε"
+            )
+        start = self._point("x0", x0)
         models = [Sme(self.problem, self.scheme.at(1 / eps), self.batch) for eps in eps_list]
-        start = np.asarray(x0, dtype=np.float64)
         if phi is None:
             return weak_error_exact(models, t, start)
         if scheme not in ("em", "tamed"):
             raise ValueError(f"scheme must be 'em' or 'tamed' for weak_error, got {scheme!r}")
-        tamed = scheme == "tamed"
-        return weak_error_sampled(models, phi, t, start, n_paths, substeps, tamed, seed)
+        paths = torch.from_numpy(start).to(device).expand(n_paths, -1)
+        return weak_error_sampled(models, phi, t, paths, substeps, scheme == "tamed", seed)
 
     def stopping_time(self, x0: npt.ArrayLike, tolerance: float = 0.1) -> StoppingTime:
         """First t with E‖X_t − x*‖² ≤ (1 + tolerance) times the least it ever is.
@@ -288,7 +303,7 @@ class Sme:
         Raises:
             ValueError: tolerance is not positive, or there is no noise to wait for.
         """
-        return sme_advice.stopping_time(self, np.asarray(x0, dtype=np.float64), tolerance)
+        return sme_advice.stopping_time(self, self._point("x0", x0), tolerance)
 
     def advise(
         self,

@@ -87,8 +87,9 @@ def advise(
 
     The stationary covariance of the linearised equation is (ε/B) C with C free of ε and B, so that
     ε = B target² / max diag C. ε is not raised beyond stiffness / (fastest rate of M⁻¹V''), where
-    an iteration would be a large part of the fastest motion and the equation no guide: then the
-    standard deviation is below the target. To leading order standard ADMM's deviation and speed
+    an iteration would be a large part of the fastest motion and the equation no guide, and is
+    halved while the iterates of a quadratic V would not settle: then the standard deviation is
+    below the target. To leading order standard ADMM's deviation and speed
     both depend on α/ρ only: what a larger α gains in speed, it loses in noise, until that bound.
 
     Args:
@@ -123,24 +124,28 @@ def advise(
         except ValueError as error:
             refused.append(str(error))
             continue
-        unit = float(np.diag(relaxed.local.stationary_cov).max()) / relaxed.eps
-        if unit <= 0:
-            raise ValueError("f has no noise: every rho ends with a standard deviation of 0")
-        slowest, fastest = float(relaxed.local.rates[0]), float(relaxed.local.rates[-1])
-        for batch in batches:
-            eps = min(target_std**2 * batch / unit, stiffness / fastest)
-            scheme = tried.at(1 / eps)
-            exact = None
-            if model.problem.linear:
-                recursion = LinearRecursion(model.problem, scheme, batch)
-                exact = float(np.diag(recursion.of_x(recursion.stationary()).cov).max() ** 0.5)
-            iterations = math.ceil(3 / (slowest * eps))
-            std = math.sqrt(unit * eps / batch)
-            found.append(
-                Advice(
-                    1 / eps, alpha, scheme.tau, batch, std, exact, iterations, iterations * batch
-                )
-            )
+        found += [_setting(relaxed, target_std, batch, stiffness) for batch in batches]
     if not found:
         raise ValueError("no alpha of the list is stable: " + refused[0])
     return sorted(found, key=lambda advice: (advice.iterations, advice.samples))
+
+
+def _setting(model: Sme, target_std: float, batch: int, stiffness: float) -> Advice:
+    """The largest ε of a scheme and a batch that reaches the target, see `advise`."""
+    process, exact = model.local, None
+    unit = float(np.diag(process.stationary_cov).max()) / model.eps
+    if unit <= 0:
+        raise ValueError("f has no noise: every rho ends with a standard deviation of 0")
+    eps = min(target_std**2 * batch / unit, stiffness / float(process.rates[-1]))
+    if model.problem.linear:
+        # `Scheme.check` speaks of small ε only; a scheme that has passed it settles for some.
+        recursion = LinearRecursion(model.problem, model.scheme.at(1 / eps), batch)
+        while recursion.radius >= 1:
+            eps /= 2
+            recursion = LinearRecursion(model.problem, model.scheme.at(1 / eps), batch)
+        exact = float(np.diag(recursion.of_x(recursion.stationary()).cov).max() ** 0.5)
+    scheme, std = model.scheme.at(1 / eps), math.sqrt(unit * eps / batch)
+    iterations = math.ceil(3 / (float(process.rates[0]) * eps))
+    return Advice(
+        scheme.rho, scheme.alpha, scheme.tau, batch, std, exact, iterations, iterations * batch
+    )

@@ -61,24 +61,25 @@ def weak_error_sampled(
     models: Sequence[Sme],
     phi: Callable[[Tensor], Tensor],
     t: float,
-    x0: FloatArray,
-    n_paths: int,
+    start: Tensor,
     substeps: int,
     tamed: bool,
     seed: int,
 ) -> WeakError:
-    """|mean of φ(x_k) − φ(X)| over coupled paths, with its standard error."""
+    """|mean of φ(x_k) − φ(X)| over coupled paths from `start` (P, D), with its standard error."""
     errors, deviations = [], []
-    start = torch.from_numpy(x0).expand(n_paths, -1)
-    width = models[0].diffusion(x0).shape[1]
+    n_paths, device = len(start), start.device
+    width = models[0].diffusion(np.zeros(start.shape[1])).shape[1]
     for number, model in enumerate(models):
-        generator = torch.Generator().manual_seed(derive(seed, "weak", number))
+        generator = torch.Generator(device).manual_seed(derive(seed, "weak", number))
         discrete = AdmmPaths(model.problem, model.scheme, start, model.batch)
         x, move, dt = start, model.increment(tamed=tamed), model.eps / substeps
         for _ in range(math.floor(t / model.eps + 1e-9)):
-            total = torch.zeros(n_paths, width, dtype=x.dtype)
+            total = start.new_zeros(n_paths, width)
             for _ in range(substeps):
-                normals = torch.randn(n_paths, width, generator=generator, dtype=x.dtype)
+                normals = torch.randn(
+                    n_paths, width, generator=generator, dtype=x.dtype, device=device
+                )
                 # A gradient's noise pushes x down its own direction, hence the sign.
                 x = x + move(x, dt, -math.sqrt(dt) * normals)
                 total += normals

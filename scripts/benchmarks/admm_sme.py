@@ -5,9 +5,11 @@ std_collapse_ratio  std of ADMM's x_k over that of the equation at the smallest 
 fixed_point_error   largest distance of seven schemes' lasso from scikit-learn's
 speed               seconds of torchsde's Euler over ours for the same paths and steps
 
-Ends with one JSON line.
+Ends with one JSON line. With --out there are plots: weak-error.svg (of the mean, exact), std.svg
+(of x, ADMM's over the equation's, exact) and quartic.svg (error with 95 % intervals of the Monte
+Carlo), against ε.
 
-    python scripts/benchmarks/admm_sme.py             # adds Monte Carlo on the paper's quartic
+    python scripts/benchmarks/admm_sme.py --out runs/admm-sme   # adds Monte Carlo on a quartic
     python scripts/benchmarks/admm_sme.py --quick
 """
 
@@ -18,8 +20,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,8 @@ import torch
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
+from sparring.launch.artifacts import write_atomically
+from sparring.launch.report import Series, line_chart
 from sparring.science.admm import (
     L1,
     AdmmProblem,
@@ -64,13 +69,23 @@ def slope(eps: list[float], values: list[float]) -> float:
     return float(np.polyfit(np.log(eps), np.log(values), 1)[0])
 
 
-def weak_errors(eps: list[float]) -> dict[str, dict[str, float]]:
+def draw(path: Path | None, series: Sequence[Series], y_label: str, *, log: bool = True) -> None:
+    """Lines against ε, both axes logarithmic unless `log` is off for the vertical one."""
+    if path is None:
+        return
+    chart = line_chart(series, x_label="ε", y_label=y_label, caption="", log=log, marked=True)
+    write_atomically(path, str(chart.svg))
+
+
+def weak_errors(eps: list[float], plot: Path | None) -> dict[str, dict[str, float]]:
     """Exact on both sides: no Monte Carlo."""
-    found = {}
+    found, series = {}, []
     for name, options in SCHEMES.items():
         error = sme(PROBLEM, 1.0, **options).weak_error(eps, t=1.0, x0=START)
         found[name] = {"mean": error.slope, "cov": error.cov_slope or 0.0, "last": error.error[-1]}
+        series.append(Series(name, eps, error.error.tolist()))
         print(f"{name:26} slope {error.slope:.3f}, of the covariance {found[name]['cov']:.3f}")
+    draw(plot, series, "|E x - E X|")
     return found
 
 
@@ -87,16 +102,20 @@ def wrong_slope(eps: list[float]) -> float:
     return slope(eps, errors)
 
 
-def collapse(eps: float) -> list[float]:
-    """std of x over the equation's, all schemes, largest coordinate."""
-    ratios = []
-    for options in SCHEMES.values():
-        model = sme(PROBLEM, 1.0, **options)
-        model = Sme(PROBLEM, model.scheme.at(1 / eps))
-        recursion = LinearRecursion(PROBLEM, model.scheme)
-        cov = recursion.of_x(recursion.moments(START, math.floor(1 / eps))).cov
-        ratios.append(math.sqrt(np.diag(cov).max() / np.diag(model.mean_cov(1.0, START).cov).max()))
-    return ratios
+def collapse(eps: list[float], plot: Path | None) -> list[float]:
+    """std of x over the equation's, largest coordinate, of all schemes at the last ε."""
+    series = []
+    for name, options in SCHEMES.items():
+        scheme, ratios = sme(PROBLEM, 1.0, **options).scheme, []
+        for e in eps:
+            model = Sme(PROBLEM, scheme.at(1 / e))
+            recursion = LinearRecursion(PROBLEM, model.scheme)
+            cov = recursion.of_x(recursion.moments(START, math.floor(1 / e))).cov
+            expected = model.mean_cov(1.0, START).cov
+            ratios.append(math.sqrt(np.diag(cov).max() / np.diag(expected).max()))
+        series.append(Series(name, eps, ratios))
+    draw(plot, series, "std of x over the equation's", log=False)
+    return [one.y[-1] for one in series]
 
 
 def fixed_points() -> float:
@@ -125,11 +144,14 @@ def quartic() -> AdmmProblem:
     return AdmmProblem(f, Ridge(2.0))
 
 
-def monte_carlo(paths: int) -> dict[str, Any]:
+def monte_carlo(paths: int, plot: Path | None) -> dict[str, Any]:
     """The paper's example, φ = x + x², gradient-based with α = ½ and c = 1."""
     model = sme(quartic(), 1.0, 0.5, 1.0, 1.0, omega1=1.0)
     eps = [2.0**-k for k in (5, 6, 7)]
     error = model.weak_error(eps, lambda x: x[:, 0] + x[:, 0] ** 2, t=0.5, x0=[1.0], n_paths=paths)
+    spread = 1.96 * error.stderr
+    bars = (error.error, error.error - spread, error.error + spread)
+    draw(plot, [Series("quartic", eps, *(b.tolist() for b in bars))], "|E φ(x) - E φ(X)|")
     rounded = [[float(f"{v:.3g}") for v in row / error.eps] for row in (error.error, error.stderr)]
     return {"slope": error.slope, "error_over_eps": rounded[0], "stderr_over_eps": rounded[1]}
 
@@ -209,16 +231,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--monte-carlo", type=int, default=100_000, help="paths; 0 for none")
+    parser.add_argument("--out", type=Path, help="folder for the plots; none without it")
     parser.add_argument("--quick", action="store_true", help="2000 paths, 100 steps")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.paths, arguments.steps, arguments.rounds = 2000, 100, 3
         arguments.monte_carlo = 5000
     torch.set_num_threads(1)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def plot(name: str) -> Path | None:
+        return arguments.out / f"{name}.svg" if arguments.out else None
+
     eps = [2.0**-k for k in range(5, 13)]
-    errors = weak_errors(eps)
+    errors = weak_errors(eps, plot("weak-error"))
     slopes = [e["mean"] for e in errors.values()]
-    ratios = collapse(eps[-1])
+    ratios = collapse(eps, plot("std"))
     summary = {
         "benchmark": "admm_sme",
         "quick": arguments.quick,
@@ -231,7 +260,7 @@ def main() -> None:
         "speed": speed(arguments.paths, arguments.steps, arguments.rounds),
     }
     if arguments.monte_carlo:
-        summary["quartic"] = monte_carlo(arguments.monte_carlo)
+        summary["quartic"] = monte_carlo(arguments.monte_carlo, plot("quartic"))
     print(f"worst slope {summary['weak_error_slope']}")
     print(f"slope with 2 − α for 1/α {summary['slope_with_2_minus_alpha']}")
     print(f"std over the equation's {summary['std_collapse_ratio']}")

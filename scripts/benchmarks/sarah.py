@@ -3,9 +3,11 @@
 Every method gets the same budget of IFO calls (of g, ∂g and ∇f together) and the same grid of
 lengths of step on every problem; the length is chosen by the mean final gap over tuning seeds, and
 other seeds are reported. SARAH-C and VRSC-PG also choose q, the steps from anchor to anchor, out of
-the theory's (2m+n) / (3 batch) and 10. All have the same batches. Ends with one JSON line.
+the theory's (2m+n) / (3 batch) and 10. All have the same batches. Ends with one JSON line. With
+--out the curves of the gap against passes are OUT/PROBLEM-PASSES.svg: geometric means over seeds,
+with bands of their 95 % t-intervals.
 
-    python scripts/benchmarks/sarah.py                # 12 to 60 passes, 8 seeds
+    python scripts/benchmarks/sarah.py --out runs/sarah     # 12 to 60 passes, 8 seeds
     python scripts/benchmarks/sarah.py --quick
 """
 
@@ -13,21 +15,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from sparring.launch.artifacts import write_atomically
+from sparring.launch.comparison import CompareConfig, geometric_interval, sampled
+from sparring.launch.report import Series, line_chart
 from sparring.science import compositional_examples as examples
 from sparring.science.compositional import CompositionalProblem, minimize_compositional
 
 METHODS = ("sarah-c", "vrsc-pg", "storm-c", "scgd", "asc-pg", "gd")
 # Below this a gap is rounding.
 FLOOR = 1e-13
+POINTS = 20  # of a curve
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,15 @@ def around(size: int, scale: float) -> Callable[[], np.ndarray]:
 
 
 def settings(quick: bool) -> dict[str, Setting]:
-    """Real portfolio, synthetic portfolio, two Bellman problems, tanh regression, SNE on digits."""
+    """Real and synthetic portfolios, two Bellman problems, tanh regression, SNE on digits."""
     states, features = (60, 10) if quick else (400, 100)
     points = 40 if quick else 200
     chosen = {
         "portfolio, 30 Ken French portfolios": Setting(
             lambda: examples.portfolio(examples.monthly_returns()), lambda: np.ones(30), 2e-3
+        ),
+        "portfolio, 20 stocks daily": Setting(
+            lambda: examples.portfolio(examples.daily_returns()), lambda: np.ones(20), 0.03
         ),
         "portfolio, synthetic": Setting(
             lambda: examples.portfolio(examples.synthetic_returns()),
@@ -67,11 +79,14 @@ def settings(quick: bool) -> dict[str, Setting]:
         "SNE, digits": Setting(
             lambda: examples.digits_sne(points, perplexity=points / 10),
             around(2 * points, 0.1),
-            10.0,
+            30.0,
         ),
     }
     if quick:
         del chosen["portfolio, synthetic"], chosen["Bellman, FrozenLake"]
+    if quick or find_spec("skfolio") is None:
+        print("left out: portfolio, 20 stocks daily (not quick, and needs skfolio's data)")
+        del chosen["portfolio, 20 stocks daily"]
     return chosen
 
 
@@ -94,15 +109,45 @@ def final(
     lr, q = choice
     result = minimize_compositional(
         problem, setting.start(), method, lr=lr, q=q, batch=setting.batch, max_ifo=budget,
-        seed=seed, records=20,
+        seed=seed, records=POINTS,
     )  # fmt: skip
     return (float(result.fun) if result.success else float("inf")), result.history
 
 
-def interval(values: list[float]) -> list[float]:
+def spread(values: list[float]) -> list[float]:
     """Geometric mean with the range over seeds."""
     logs = [float(np.log(max(v, FLOOR))) for v in values]
     return [float(f"{np.exp(x):.3g}") for x in (statistics.mean(logs), min(logs), max(logs))]
+
+
+def curve(
+    histories: list[dict[str, Any]], bottom: float, passes: int, pass_cost: int
+) -> dict[str, list[float]]:
+    """The gap at POINTS points of the budget: geometric mean over seeds, 95 % t-interval."""
+    settings = CompareConfig(budget=passes, measure="last", floor=FLOOR)
+    gaps = [
+        sampled(h["ifo"] / pass_cost, h["fun"] - bottom, POINTS, settings,
+                diverged=not np.isfinite(h["fun"][-1]))
+        for h in histories
+    ]  # fmt: skip
+    bands = [geometric_interval(at, FLOOR) for at in zip(*gaps, strict=True)]
+    columns = ([float(f"{value:.3g}") for value in column] for column in zip(*bands, strict=True))
+    ends = [passes * (n + 1) / POINTS for n in range(POINTS)]
+    return {"passes": ends, **dict(zip(("mean", "low", "high"), columns, strict=True))}
+
+
+def draw(folder: Path, name: str, found: Mapping[str, Any]) -> None:
+    """The curves of a problem's methods."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = []
+    for method, row in found["methods"].items():
+        c = row["curve"]
+        series.append(Series(method, c["passes"], c["mean"], c["low"], c["high"]))
+    chart = line_chart(
+        series, x_label="passes of IFO calls", y_label="gap", caption="", bands=True, log=True
+    )
+    stem = re.sub("[^a-z0-9]+", "-", name.lower())
+    write_atomically(folder / f"{stem}.svg", str(chart.svg))
 
 
 def compare(
@@ -114,6 +159,7 @@ def compare(
     grid = [setting.longest * 10 ** (-k / 2) for k in range(lengths)]
     found: dict[str, dict[str, Any]] = {}
     values: dict[str, list[float]] = {}
+    histories: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
         again = 1 if method == "gd" else tuning
         lengths_of_epoch = (None, 10) if method in ("sarah-c", "vrsc-pg") else (None,)
@@ -134,19 +180,14 @@ def compare(
             "lr": float(f"{best[0]:.3g}"),
             "q": best[1] or "theory",
             "at_edge": best[0] in (grid[0], grid[-1]),
-            "ifo_over_n": [round(float(x) / pass_cost, 2) for x in runs[0][1]["ifo"]],
-            "curves": [run["fun"] for _, run in runs],
         }
+        histories[method] = [history for _, history in runs]
     known = problem.optimum is not None
     bottom = min(min(map(min, values.values())), reference(problem, setting.start(), grid[0] / 3))
     for method in METHODS:
         gaps = [value - bottom for value in values[method]]
-        found[method]["gap"] = interval(gaps)
-        curves = np.array(
-            [c[: min(map(len, found[method]["curves"]))] for c in found[method]["curves"]]
-        )
-        mean = np.exp(np.log(np.maximum(curves - bottom, FLOOR)).mean(0))
-        found[method]["curves"] = [float(f"{value:.3g}") for value in mean]
+        found[method]["gap"] = spread(gaps)
+        found[method]["curve"] = curve(histories[method], bottom, passes, pass_cost)
         low, high = found[method]["gap"][1:]
         edge = "  (edge of the grid)" if found[method]["at_edge"] else ""
         print(
@@ -165,6 +206,7 @@ def main() -> None:
     parser.add_argument("--tuning-seeds", type=int, default=3)
     parser.add_argument("--lengths", type=int, default=7, help="lengths of step, factor √10 apart")
     parser.add_argument("--problems", nargs="+", help="starts of names of problems")
+    parser.add_argument("--out", type=Path, help="folder for the plots; none without it")
     parser.add_argument("--quick", action="store_true", help="small problems, few seeds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # small matrices: threads only wait for each other
@@ -186,6 +228,9 @@ def main() -> None:
         for name, setting in chosen.items()
         for passes in arguments.passes
     }
+    if arguments.out:
+        for name, table in found.items():
+            draw(arguments.out, name, table)
     ratios = [
         m["methods"]["sarah-c"]["gap"][0] / m["methods"]["vrsc-pg"]["gap"][0]
         for m in found.values()

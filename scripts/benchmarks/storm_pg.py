@@ -9,7 +9,9 @@ cart-pole, mountain-car     return against trajectories, every method tuned for 
 A method has six candidates (three learning rates, two of its own setting), each tried on the same
 tuning seeds with the same number of trajectories; the best is measured on other seeds. All seeds
 count, with 95 % t-intervals. A run that diverges counts, from there on, with its first batch's
-return. The last line printed is JSON. Finished runs are lines of OUT/runs.jsonl, not made again.
+return. Curves against trajectories are OUT/PART-FIGURE.svg, with bands of such intervals, geometric
+ones for squares. The last line printed is JSON. Finished runs are lines of OUT/runs.jsonl, not made
+again.
 
     python scripts/benchmarks/storm_pg.py --out runs/storm-pg     # about twenty minutes, one core
     python scripts/benchmarks/storm_pg.py --out runs/quick --quick  # seconds, figures of no use
@@ -20,16 +22,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 
+from sparring.launch import comparison
+from sparring.launch.artifacts import write_atomically
+from sparring.launch.report import Series, line_chart
 from sparring.rl import (
     GPOMDP,
     PAGEPG,
@@ -45,8 +50,13 @@ from sparring.rl import (
 PARTS = ("tabular", "family", "cart-pole", "mountain-car")
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 SMALL_STEP, LARGE_STEP = 0.02, 0.3
-# Student's t at 97.5 %, for 1, 2, ... degrees of freedom.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+POINTS = 20  # of a curve
+LABELS = {
+    "error": "|g - grad J|²",
+    "gradient": "|grad J|²",
+    "objective": "J",
+    "return": "return",
+}
 Record = dict[str, Any]
 
 
@@ -92,10 +102,30 @@ TASKS = {
 
 def interval(values: Sequence[float]) -> Record:
     """Mean over seeds with the half width of its 95 % interval."""
-    wide = 0.0
-    if len(values) > 1:
-        wide = T_975[min(len(values) - 1, len(T_975)) - 1] * stdev(values) / len(values) ** 0.5
-    return {"mean": mean(values), "half_width": wide, "seeds": len(values)}
+    middle, low, _ = comparison.interval(values)
+    return {"mean": middle, "half_width": middle - low, "seeds": len(values)}
+
+
+def draw(
+    path: Path, curves: Mapping[str, Sequence[Sequence[float]]], figure: str, budget: int
+) -> None:
+    """Curves of each arm, (POINTS,) a seed, as means with bands of 95 % intervals; squares on a
+    logarithmic axis, with geometric ones, which do not reach below 0."""
+    log = figure in ("error", "gradient")
+
+    def band(values: Sequence[float]) -> tuple[float, float, float]:
+        return comparison.geometric_interval(values, 1e-12) if log else comparison.interval(values)
+
+    series = []
+    for name, seeds in curves.items():
+        y, low, high = zip(*(band(at) for at in zip(*seeds, strict=True)), strict=True)
+        ends = [budget * (n + 1) / POINTS for n in range(POINTS)]
+        series.append(Series(name, ends, y, low, high))
+    chart = line_chart(
+        series, x_label="trajectories", y_label=LABELS[figure], caption="", bands=True,
+        log=log,
+    )  # fmt: skip
+    write_atomically(path, str(chart.svg))
 
 
 class Runs:
@@ -133,7 +163,8 @@ def process() -> TabularMDP:
 
 
 def tabular_run(asked: Record) -> Record:
-    """Trajectory-weighted means over a run of |g - grad J|^2, in its last 3/4, and |grad J|^2."""
+    """Trajectory-weighted means over a run of |g - grad J|^2, in its last 3/4, and |grad J|^2, the
+    last J, and the curves of all three: means over each of POINTS equal parts of the budget."""
     environment = process()
     policy = CategoricalPolicy(5, 3, hidden=(), bias=False, dtype=torch.float64)
     with torch.no_grad():
@@ -144,38 +175,47 @@ def tabular_run(asked: Record) -> Record:
     method.seed = asked["seed"]
     rows = []
     while method.trajectories + method.next_batch <= asked["trajectories"]:
-        (true,) = environment.gradient(policy, horizon=HORIZON, gamma=GAMMA)
+        value = environment.objective(policy, horizon=HORIZON, gamma=GAMMA)
+        (true,) = torch.autograd.grad(value, list(policy.parameters()))
         before = method.trajectories
         method.step()
         error = float((method.direction[0] - true).square().sum())
         rows.append((method.trajectories, method.trajectories - before, error,
-                     float(true.square().sum())))  # fmt: skip
-    at, weight, error, gradient = (np.array(column) for column in zip(*rows, strict=True))
+                     float(true.square().sum()), float(value.detach())))  # fmt: skip
+    at, weight, *figures = (np.array(column) for column in zip(*rows, strict=True))
     late = at > asked["trajectories"] / 4
     with torch.no_grad():
-        value = float(environment.objective(policy, horizon=HORIZON, gamma=GAMMA))
+        last = float(environment.objective(policy, horizon=HORIZON, gamma=GAMMA))
+    settings = comparison.CompareConfig(budget=asked["trajectories"])
+    named = dict(zip(("error", "gradient", "objective"), figures, strict=True))
     return {
-        "error": float(np.average(error[late], weights=weight[late])),
-        "gradient": float(np.average(gradient, weights=weight)),
-        "objective": value,
+        "error": float(np.average(named["error"][late], weights=weight[late])),
+        "gradient": float(np.average(named["gradient"], weights=weight)),
+        "objective": last,
+        "curves": {
+            name: comparison.sampled(at, values, asked["points"], settings, diverged=False).tolist()
+            for name, values in named.items()
+        },
     }
 
 
 def tabular(runs: Runs, options: argparse.Namespace) -> Record:
     """The table of alpha."""
     table: Record = {}
+    curves: dict[str, dict[str, Any]] = {"error": {}, "gradient": {}, "objective": {}}
     for alpha, lr in product(options.alphas, (SMALL_STEP, LARGE_STEP)):
         settings = {"alpha": alpha, "init_batch": 5, "batch": 5, "lr": lr, "baseline": "none"}
         found = [
             runs.get({"part": "tabular", "method": "storm-pg", "settings": settings, "seed": seed,
-                      "trajectories": options.tabular})
+                      "trajectories": options.tabular, "points": POINTS})
             for seed in range(options.tabular_seeds)
         ]  # fmt: skip
         row = table.setdefault(f"{alpha:g}", {})
-        if lr == SMALL_STEP:
-            row["error"] = interval([r["error"] for r in found])
-        else:
-            row["gradient"] = interval([r["gradient"] for r in found])
+        for name in ("error",) if lr == SMALL_STEP else ("gradient", "objective"):
+            row[name] = interval([r[name] for r in found])
+            curves[name][f"α = {alpha:g}"] = [r["curves"][name] for r in found]
+    for name, arms in curves.items():
+        draw(options.out / f"tabular-{name}.svg", arms, name, options.tabular)
     plain = table["1"]["error"]["mean"]  # sigma^2 / B
     for name, row in table.items():
         alpha = float(name)
@@ -234,11 +274,13 @@ def candidates(method: Method, lrs: Sequence[float], quick: bool) -> list[Record
 def family(runs: Runs, options: argparse.Namespace) -> Record:
     """Every method on the tabular process, tuned for the last J."""
     table: Record = {}
+    curves: dict[str, dict[str, Any]] = {"error": {}, "gradient": {}, "objective": {}}
     for name, method in METHODS.items():
 
         def measure(settings: Record, seed: int, name: str = name) -> Record:
             return runs.get({"part": "tabular", "method": name, "settings": settings,
-                             "seed": seed, "trajectories": options.family})  # fmt: skip
+                             "seed": seed, "trajectories": options.family,
+                             "points": POINTS})  # fmt: skip
 
         # Not for |grad J|^2, which is small on the plateaus where large steps end, too.
         best = max(
@@ -252,17 +294,22 @@ def family(runs: Runs, options: argparse.Namespace) -> Record:
                 key: interval([r[key] for r in found]) for key in ("gradient", "error", "objective")
             },
         }
+        for key, arms in curves.items():
+            arms[name] = [r["curves"][key] for r in found]
         row = table[name]
         print(f"{name:9} {best}: |grad J|^2 {row['gradient']['mean']:.5f} ± "
               f"{row['gradient']['half_width']:.5f}, error {row['error']['mean']:.4f} ± "
               f"{row['error']['half_width']:.4f}, J {row['objective']['mean']:.4f} ± "
               f"{row['objective']['half_width']:.4f}")  # fmt: skip
+    for key, arms in curves.items():
+        draw(options.out / f"family-{key}.svg", arms, key, options.family)
     return table
 
 
 def control(part: str, runs: Runs, options: argparse.Namespace) -> Record:
     """Every method on a control task, tuned for mean return over the budget."""
     budget, table = 45 if options.quick else TASKS[part].budget, {}
+    drawn = {}
     for name, method in METHODS.items():
 
         def measure(settings: Record, seed: int, name: str = name) -> Record:
@@ -275,6 +322,8 @@ def control(part: str, runs: Runs, options: argparse.Namespace) -> Record:
         )
         found = [measure(best, seed) for seed in options.seeds]
         curves = np.array([spread(run, budget) for run in found])
+        binned = [c.mean(1) for c in np.array_split(curves, POINTS, axis=1)]
+        drawn[name] = np.stack(binned, 1).tolist()
         fifths = [interval(c.mean(1).tolist()) for c in np.array_split(curves, 5, axis=1)]
         table[name] = {
             "settings": best,
@@ -286,6 +335,7 @@ def control(part: str, runs: Runs, options: argparse.Namespace) -> Record:
         shown = "  ".join(f"{f['mean']:.1f} ± {f['half_width']:.1f}" for f in fifths)
         print(f"{part} {name:9} {best}: {shown}; max weight {table[name]['max_weight']:.3g}, "
               f"{table[name]['diverged']} diverged")  # fmt: skip
+    draw(options.out / f"{part}-return.svg", drawn, "return", budget)
     return table
 
 
@@ -302,6 +352,7 @@ def main() -> None:
     options.family = 60 if quick else 1000
     options.tuning = range(1) if quick else range(2)
     options.seeds = range(1, 3) if quick else range(2, 8)
+    options.out.mkdir(parents=True, exist_ok=True)
     runs, results = Runs(options.out), {}
     for part in options.parts:
         if part in TASKS:

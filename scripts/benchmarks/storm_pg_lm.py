@@ -7,7 +7,9 @@ questions before and after. A response earns 1 if IFEval's strict check of its c
 else 0. All seeds count; intervals are 95 % t-intervals over seeds, and with two they say little.
 
 Each finished iteration is a line of OUT/alphaA-seedS/metrics.jsonl; running again goes on from the
-last one. The last line printed is JSON. An alpha below 1 costs a second backward pass.
+last one. OUT/settings.json has what all arms share, and another value of it is refused: figures of
+two settings would mix. Rewards against responses, with 95 % bands, are OUT/reward.svg. The last
+line printed is JSON. An alpha below 1 costs a second backward pass.
 
     python scripts/benchmarks/storm_pg_lm.py --out runs/storm-pg-lm           # hours on two cores
     python scripts/benchmarks/storm_pg_lm.py --out runs/quick --quick         # figures of no use
@@ -17,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparring.alignment.config import ModelConfig
@@ -32,11 +34,14 @@ from sparring.alignment.models import load_policy, locate
 from sparring.alignment.prompts import constraint_prompts
 from sparring.alignment.rows import Prompt
 from sparring.alignment.tokens import load_tokenizer, prompt_ids
+from sparring.launch.artifacts import write_atomically, write_json
 from sparring.launch.comparison import interval
 from sparring.launch.metrics import MetricsFile, read_metrics
+from sparring.launch.report import Series, line_chart
 from sparring.launch.seeds import derive
 from sparring.rl.language import LanguageStormPG
 from sparring.rl.language_policy import LanguagePolicy
+from sparring.rl.states import check_settings, save_state
 
 # Constraints of form that fit into a short answer and that the model meets now and then.
 KINDS = ["bullets", "comma", "highlights", "title"]
@@ -91,13 +96,22 @@ def build(data: Data, source: Path, alpha: float, seed: int, o: argparse.Namespa
     )
 
 
-def save(method: LanguageStormPG, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(method.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a folder's runs share, or refuse one whose runs had other settings.
+
+    Raises:
+        SystemExit: they had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "settings.json"
+    if not note.exists():
+        if any(folder.glob("*/metrics.jsonl")):
+            raise SystemExit(f"{folder} has runs but no settings.json; take another --out")
+        write_json(note, settings)
+    try:
+        check_settings(settings, json.loads(note.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise SystemExit(f"{folder}: {error}; take another --out") from None
 
 
 def run(data: Data, source: Path, alpha: float, seed: int, o: argparse.Namespace) -> Path:
@@ -111,7 +125,9 @@ def run(data: Data, source: Path, alpha: float, seed: int, o: argparse.Namespace
     method = build(data, source, alpha, seed, o)
     if checkpoint.exists():
         method.load_state_dict(torch.load(checkpoint, weights_only=True))
-    rows = MetricsFile(metrics, start=method.iteration + 1, counter="iteration")
+    # Without a checkpoint all is made again, the row of iteration 0 too.
+    start = method.iteration + 1 if checkpoint.exists() else 0
+    rows = MetricsFile(metrics, start=start, counter="iteration")
 
     def heldout() -> float:
         chosen = data.heldout[: o.heldout]
@@ -127,7 +143,7 @@ def run(data: Data, source: Path, alpha: float, seed: int, o: argparse.Namespace
         if method.iteration == o.iterations:
             record["heldout"] = heldout()
         rows.write(**record, seconds=time.perf_counter() - before)
-        save(method, checkpoint)
+        save_state(checkpoint, method.state_dict())
         print(
             f"alpha {alpha:g} seed {seed} {method.iteration}/{o.iterations}: reward "
             f"{record['reward']:.3f}, |g| {record['gradient_norm']:.3g}, largest weight "
@@ -148,22 +164,15 @@ def summarise(runs: dict[float, list[Path]]) -> dict[str, Any]:
     for alpha, paths in runs.items():
         found = [read_metrics(path) for path in paths]
         steps = [[row for row in rows if row["iteration"]] for rows in found]
-        size = max(1, len(steps[0]) // 4)
+        rewards = np.array([[row["reward"] for row in s] for s in steps])
+        quarters = np.array_split(rewards, min(4, rewards.shape[1]), axis=1)
 
         def over_seeds(values: Sequence[float]) -> dict[str, float]:
             mean, low, _ = interval(values)
             return {"mean": mean, "half_width": mean - low, "seeds": len(values)}
 
         table[f"{alpha:g}"] = {
-            "reward_by_quarter": [
-                over_seeds(
-                    [
-                        sum(r["reward"] for r in s[q : q + size]) / len(s[q : q + size])
-                        for s in steps
-                    ]
-                )
-                for q in range(0, len(steps[0]), size)
-            ],
+            "reward_by_quarter": [over_seeds(part.mean(1).tolist()) for part in quarters],
             "heldout_before": over_seeds([rows[0]["heldout"] for rows in found]),
             "heldout_after": over_seeds([rows[-1]["heldout"] for rows in found]),
             "gradient_norm": over_seeds([mean_of(s, "gradient_norm") for s in steps]),
@@ -173,6 +182,21 @@ def summarise(runs: dict[float, list[Path]]) -> dict[str, Any]:
             "seconds": sum(r["seconds"] for rows in found for r in rows) / len(found),
         }
     return table
+
+
+def draw(path: Path, runs: dict[float, list[Path]]) -> None:
+    """Mean reward of the batches against responses, ten points an arm, bands over seeds."""
+    series = []
+    for alpha, paths in runs.items():
+        steps = [[row for row in read_metrics(p) if row["iteration"]] for p in paths]
+        parts = np.array_split(np.arange(len(steps[0])), min(10, len(steps[0])))
+        means = [[mean_of([s[n] for n in part], "reward") for s in steps] for part in parts]
+        y, low, high = zip(*map(interval, means), strict=True)
+        series.append(
+            Series(f"α = {alpha:g}", [steps[0][p[-1]]["samples"] for p in parts], y, low, high)
+        )
+    chart = line_chart(series, x_label="responses", y_label="reward", caption="", bands=True)
+    write_atomically(path, str(chart.svg))
 
 
 def main() -> None:
@@ -199,6 +223,8 @@ def main() -> None:
         options.seeds, options.iterations, options.batch, options.k = 1, 2, 1, 3
         # Half of the samples have a comma by then.
         options.kinds, options.max_new_tokens, options.heldout = ["comma"], 12, 1
+    apart = ("out", "alphas", "seeds", "quick")
+    claim(options.out, {k: v for k, v in vars(options).items() if k not in apart})
     source = locate(ModelConfig(path="smollm2"))
     data = load_data(load_tokenizer(source), options.kinds, limit=120)
     print(f"{len(data.train)} training prompts, {len(data.heldout)} held out", flush=True)
@@ -206,6 +232,7 @@ def main() -> None:
         alpha: [run(data, source, alpha, seed, options) for seed in range(options.seeds)]
         for alpha in options.alphas
     }
+    draw(options.out / "reward.svg", runs)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     print(json.dumps({"benchmark": "storm_pg_lm", **settings, "arms": summarise(runs)}))
 

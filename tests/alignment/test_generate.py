@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,16 @@ def test_a_prompt_that_is_too_long_is_named(tiny_model: Path, tmp_path: Path) ->
         sample_stage(tmp_path / "a", tiny_model, prompts, max_prompt_tokens=100)
     with pytest.raises(SparringError, match=r"'wordy' .* need 260 tokens, but .* holds 256"):
         sample_stage(tmp_path / "b", tiny_model, prompts)
+
+
+def test_what_a_checkpoint_recommends_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    opinionated = tmp_path / "model"
+    shutil.copytree(tiny_model, opinionated)
+    wishes = {"eos_token_id": 2, "suppress_tokens": [4, 5, 6, 7, 8], "repetition_penalty": 3.0}
+    wishes |= {"min_new_tokens": 9, "min_p": 0.5, "do_sample": True}
+    (opinionated / "generation_config.json").write_text(json.dumps(wishes))
+    plain = sample_stage(tmp_path / "a", tiny_model, some_prompts(4))[0]
+    assert sample_stage(tmp_path / "b", opinionated, some_prompts(4))[0] == plain
 
 
 def test_empty_responses_are_counted(

@@ -188,7 +188,10 @@ def test_a_step_over_the_ifo_budget_is_not_begun() -> None:
     for method in ("sarah-c", "vrsc-pg", "storm-c", "scgd", "gd"):
         result = minimize_compositional(problem, np.ones(4), method, lr=0.1, q=3, max_ifo=130)
         assert 66 < sum(result.n_ifo.values()) <= 130
-    assert minimize_compositional(problem, np.ones(4), "gd", lr=0.1, max_ifo=59).nit == 0
+    # Anchor and gradient take 2m + n = 60: without a single step there is no result to speak of.
+    with pytest.raises(ValueError, match=r"max_ifo = 59 does not hold the first step .* 60 IFO"):
+        minimize_compositional(problem, np.ones(4), "gd", lr=0.1, max_ifo=59)
+    assert minimize_compositional(problem, np.ones(4), "gd", lr=0.1, max_ifo=60).nit == 1
 
 
 @pytest.mark.parametrize("method", ["gd", "sarah-c", "vrsc-pg"])

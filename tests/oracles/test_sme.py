@@ -10,6 +10,7 @@ import torch
 from scipy.integrate import quad_vec
 from scipy.linalg import expm
 
+from sparring.science import sme_weak
 from sparring.science.admm import AdmmProblem, NoisyFunction, Ridge, Scheme, quadratic
 from sparring.science.admm_moments import LinearRecursion
 from sparring.science.sme import Sme, sme
@@ -258,6 +259,83 @@ def test_advice_reaches_its_target() -> None:
     one = {a.alpha: a for a in advice if a.batch == 1}
     assert one[1.5].rho / one[1.0].rho == pytest.approx(1.5)
     assert abs(one[1.5].iterations - one[1.0].iterations) <= 1
+
+
+def test_advice_halves_an_eps_that_would_not_settle() -> None:
+    """Gradient-based with ε at the stiffness bound: the iterates diverge there, though the scheme
+    is stable for a small ε."""
+    problem = quadratic(np.diag([1.0, 0.5]), [1.0, 0.0], np.eye(2), 1.0)
+    model = sme(problem, 10.0, 0.5, 1.0, 6.0, omega1=1.0)
+    asked = {"alphas": (0.5,), "batches": (1,)}
+    for stiffness, halved in ((0.1, False), (1.0, True)):
+        (found,) = model.advise(1e3, stiffness=stiffness, **asked)
+        eps = stiffness / float(model.local.rates[-1])
+        assert (1 / found.rho < 0.6 * eps) == halved
+        assert found.expected_std < 1e3
+        recursion = LinearRecursion(problem, model.scheme.at(found.rho))
+        assert recursion.radius < 1
+        assert (LinearRecursion(problem, model.scheme.at(1 / eps)).radius >= 1) == halved
+        expected = recursion.of_x(recursion.stationary()).cov
+        assert found.recursion_std == pytest.approx(np.diag(expected).max() ** 0.5)
+
+
+def test_a_flat_direction_needs_no_optimum_to_be_simulated() -> None:
+    """V = ½ x₁² − x₁ + 0 x₂: along x₂ Brownian motion, which has no stationary law."""
+    flat = sme(quadratic(np.diag([1.0, 0.0]), [1.0, 0.0], np.diag([0.5, 2.0])), 100.0, 1.5)
+    x0 = [0.0, 3.0]
+    for scheme in ("em", "tamed"):
+        x = flat.simulate(4000, 0.002, scheme, t=1.0, x0=x0).numpy()
+        # By hand, with M = I/α: α = 1.5 is the rate of x₁, and αS/10 the noise of both.
+        mean = [1 - math.exp(-1.5), 3.0]
+        std = [0.075 * math.sqrt((1 - math.exp(-3)) / 3), 0.3]
+        np.testing.assert_allclose(x.mean(0), mean, atol=0.02)
+        np.testing.assert_allclose(x.std(0), std, rtol=0.05)
+    for ask in (
+        lambda: flat.mean_cov(1.0, x0),
+        lambda: flat.advise(0.1),
+        lambda: flat.stopping_time(x0),
+        lambda: flat.simulate(2, 0.1, "exact", t=1.0, x0=x0),
+    ):
+        with pytest.raises(ValueError, match=r"has the eigenvalue 0; add curvature \(beta > 0\)"):
+            ask()
+
+
+@pytest.mark.gpu
+def test_weak_error_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = sme(quadratic([[2.0]], [1.0], [[0.5]], 1.0), 1.0, 1.5)
+    asked = {"t": 1.0, "x0": [2.0], "n_paths": 4000, "scheme": "em"}
+    exact = model.weak_error([1 / 8, 1 / 16], t=1.0, x0=[2.0])
+    found = model.weak_error([1 / 8, 1 / 16], lambda x: x[:, 0], **asked, device="cuda")
+    assert (np.abs(found.error - exact.error) < 4 * found.stderr + 0.3 * exact.error).all()
+
+
+def test_weak_error_runs_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both its noise and its paths; "meta" plays the accelerator, without any numbers."""
+
+    class Sent(Exception):
+        """The paths are about to start."""
+
+    seen: list[str] = []
+
+    def paths(problem: AdmmProblem, scheme: Scheme, x: torch.Tensor, batch: int) -> None:
+        seen.append(f"paths on {x.device}")
+        raise Sent
+
+    class Generator:
+        def __init__(self, device: torch.device) -> None:
+            seen.append(f"noise on {device}")
+
+        def manual_seed(self, seed: int) -> None:
+            return None
+
+    monkeypatch.setattr(sme_weak, "AdmmPaths", paths)
+    monkeypatch.setattr(sme_weak.torch, "Generator", Generator)
+    model = sme(quadratic([[2.0]], [1.0], [[0.5]], 1.0), 1.0)
+    with pytest.raises(Sent):
+        model.weak_error([0.5, 0.25], lambda x: x[:, 0], t=1.0, x0=[2.0], device="meta")
+    assert seen == ["noise on meta", "paths on meta"]
 
 
 def test_the_process_refuses_growth() -> None:

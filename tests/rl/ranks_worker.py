@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny_process import process, softmax
 
-from sparring.rl import GaussianPolicy, StormPG
+from sparring.rl import GPOMDP, SRVRPG, GaussianPolicy, PolicyGradient, StormPG
 from sparring.rl.ranks import together
 
 CASES: list[dict[str, Any]] = [
@@ -42,6 +42,28 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+TOO_FEW: list[tuple[type[PolicyGradient], dict[str, Any]]] = [
+    (GPOMDP, {"batch": 1}),
+    (StormPG, {"batch": 4, "init_batch": 1, "alpha": 0.5}),
+    (SRVRPG, {"batch": 4, "init_batch": 1, "period": 2}),
+    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.25}),
+    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.75}),
+]
+
+
+def refused() -> list[str]:
+    """What a rank is told of batches with a part that does not give every rank a trajectory."""
+    told = []
+    for kind, settings in TOO_FEW:
+        try:
+            kind(softmax(0), process(4), horizon=4, lr=0.1, **settings)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            told.append("nothing")
+    return told
+
+
 def lopsided() -> str:
     """What a rank is told when only rank 1 diverges."""
 
@@ -59,7 +81,7 @@ def lopsided() -> str:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    results = [*(run(case) for case in CASES), {"lopsided": lopsided()}]
+    results = [*(run(case) for case in CASES), {"lopsided": lopsided(), "refused": refused()}]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:

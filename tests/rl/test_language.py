@@ -107,9 +107,23 @@ def test_log_probabilities_are_those_of_a_distribution_whatever_the_padding() ->
     assert torch.allclose(together, alone, atol=1e-12)
 
 
-def test_samples_have_the_policys_law_and_keep_their_eos() -> None:
+# Each changes the law of the samples if `generate` sees it.
+OWN_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"min_p": 0.9},
+    {"no_repeat_ngram_size": 1, "repetition_penalty": 1.5},
+    {"suppress_tokens": [1], "top_k": 2, "temperature": 0.5},
+]
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=[str(list(own)) for own in OWN_SETTINGS])
+def test_samples_have_the_policys_law_and_keep_their_eos(own: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
     both = policy()
     part(both)
+    settings = GenerationConfig(do_sample=True, **own)
+    both.model.generation_config = both.model.get_base_model().generation_config = settings
     drawn = both.sample([PROMPTS[0], PROMPTS[1]], 2000, 2, seed=1)
     assert both.sample([PROMPTS[0], PROMPTS[1]], 2, 2, seed=1)[0].prompt == tuple(PROMPTS[0])
     for n, prompt in enumerate(PROMPTS[:2]):
@@ -117,6 +131,7 @@ def test_samples_have_the_policys_law_and_keep_their_eos() -> None:
         with torch.no_grad():
             chances = logp(both, POLICY, answers(prompt)).exp().tolist()
         assert set(found) <= set(RESPONSES)
+        assert both.model.get_base_model().generation_config is settings
         for response, chance in zip(RESPONSES, chances, strict=True):
             error = 4.5 * (chance * (1 - chance) / 2000) ** 0.5
             assert found.count(response) / 2000 == pytest.approx(chance, abs=error)
@@ -174,9 +189,15 @@ def test_clipping_by_hand() -> None:
     assert clipped(clip=0.2, dual=3.0) == pytest.approx([*single[:-1], 3.0])
     with pytest.raises(FloatingPointError, match="lower lr"):
         sequence_weights(old + 800, new, advantage)
+    # What is bounded may be as large as it likes.
+    bounded = sequence_weights(old + 800, new, advantage, clip=0.2, dual=3.0)
+    assert bounded.tolist() == pytest.approx([1.2] * 4 + [3.0] * 4)
+    with pytest.raises(FloatingPointError, match="set clip and dual"):
+        sequence_weights(old + 800, new, advantage, clip=0.2)
 
 
-def test_alpha_one_is_plain_reinforce_bit_for_bit() -> None:
+def test_alpha_one_is_plain_reinforce() -> None:
+    """By autograd on the loss of a textbook: equal up to the order of its sums."""
     storm = method(policy(), alpha=1.0)
     records = [storm.step() for _ in range(4)]
     assert [r["max_weight"] for r in records] == [1.0] * 4
@@ -295,3 +316,51 @@ def test_a_reward_must_be_finite() -> None:
     )
     with pytest.raises(ValueError, match="not finite"):
         broken.step()
+
+
+def test_weights_beyond_all_floats_are_bounded_and_recorded() -> None:
+    """Two policies that have nothing in common: clipping holds, and the record stays JSON."""
+    both = policy()
+    storm = method(both, clip=0.2, dual=2.0)
+    storm.step()
+    spread = both.gradient
+
+    def apart(adapter: str, rows: Any, coefficients: Any) -> Any:
+        if adapter == POLICY:
+            found, logp = spread(adapter, rows, coefficients)
+            return found, logp - 2000
+        return spread(adapter, rows, coefficients)
+
+    both.gradient = apart  # type: ignore[method-assign]
+    record = storm.step()
+    assert all(np.isfinite(value) for value in record.values())
+    assert record["max_weight"] > 1e300
+    assert 0 < record["ess"] <= 1
+    assert record["clipped"] == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    both = policy()
+    storm, straight = method(both), method(policy())
+    for _ in range(2):
+        storm.step()
+        straight.step()
+    before, good = storm.state_dict(), both.gradient
+    estimate = [g.clone() for g in before["recursion"]["estimate"]]
+
+    def broken(*arguments: Any) -> Any:
+        found, logp = good(*arguments)
+        return [torch.full_like(g, torch.inf) for g in found], logp
+
+    both.gradient = broken  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="of iteration 3 is not finite; lower lr"):
+        storm.step()
+    after = storm.state_dict()
+    assert after["counters"] == before["counters"]
+    for adapter in (POLICY, PREVIOUS):
+        assert all(torch.equal(after[adapter][n], p) for n, p in before[adapter].items())
+    assert all(
+        torch.equal(a, b) for a, b in zip(after["recursion"]["estimate"], estimate, strict=True)
+    )
+    both.gradient = good  # type: ignore[method-assign]
+    assert storm.step() == straight.step()

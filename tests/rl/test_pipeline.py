@@ -133,15 +133,15 @@ from pathlib import Path
 from sparring.launch import cli
 from sparring.rl import learning
 learning._SAVE_EVERY = -1.0
-original = learning._save
-def save(method, path):
-    original(method, path)
-    if method.iteration == 4:
+original = learning.save_state
+def save(path, state):
+    original(path, state)
+    if state["counters"]["iteration"] == 4:
         with (path.parent.parent / "metrics.jsonl").open("a") as file:
             # A row that the checkpoint does not have yet, and one cut short.
             file.write('{"iteration": 5, "trajectories": 0}' + chr(10) + '{"iteration": 6, "tr')
         os.kill(os.getpid(), signal.SIGKILL)
-learning._save = save
+learning.save_state = save
 cli.main(sys.argv[1:])
 """
 

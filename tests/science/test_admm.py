@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.linear_model import Lasso
 
 from sparring.launch.processes import free_port
@@ -29,7 +30,7 @@ from sparring.science.admm import (
     difference_matrix,
     quadratic,
 )
-from sparring.science.admm_consensus import consensus_admm
+from sparring.science.admm_consensus import _Ranks, consensus_admm
 from sparring.science.admm_moments import LinearRecursion
 from sparring.science.admm_paths import AdmmPaths, admm_paths
 from sparring.science.sme import sme
@@ -50,7 +51,8 @@ def cubic() -> NoisyFunction:
 def test_the_result() -> None:
     result = admm(AdmmProblem(SQUARES, L1(0.1)), 1.0)
     assert result.success
-    assert result.n_ifo == {"df": 60 * result.nit}
+    # One gradient an iteration, at 0; the Hessian of all rows is factored once.
+    assert result.n_ifo == {"df": 60 * result.nit, "d2f": 60}
     assert result.fun == result.history["fun"][-1]
     assert result.history["nit"][-1] == result.nit
     assert (np.diff(result.history["nit"]) > 0).all()
@@ -66,12 +68,58 @@ def test_batches_end_near_the_optimum_and_count_their_samples(options: dict) -> 
     exact = np.linalg.solve(DATA.T @ DATA / 60 + 0.1 * np.eye(4), DATA.T @ TARGET / 60)
     result = admm(problem, 200.0, **options, batch=8, max_iter=3000, seed=1)
     again = admm(problem, 200.0, **options, batch=8, max_iter=3000, seed=1)
-    assert result.n_ifo == {"df": 24_000}
+    assert result.n_ifo == {"df": 24_000, "d2f": 0 if options else 24_000}
     assert np.array_equal(result.x, again.x)
     assert result.success
     expected = sme(problem, 200.0, **options, batch=8).local.stationary_cov
     assert np.abs(result.x - exact).max() < 5 * np.sqrt(np.diag(expected).max())
     assert np.abs(result.x - exact).max() > 1e-6
+
+
+class Watched(Logistic):
+    """A loss that notes what it is asked for, and of how many rows."""
+
+    def __init__(self) -> None:
+        super().__init__(DATA, np.sign(TARGET))
+        self.asked: dict[str, list[int]] = {"df": [], "d2f": []}
+
+    def gradient(self, x, xi=None):
+        self.asked["df"].append(60 if xi is None else len(xi))
+        return super().gradient(x, xi)
+
+    def hessian(self, x, xi=None):
+        self.asked["d2f"].append(60 if xi is None else len(xi))
+        return super().hessian(x, xi)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"omega1": 1.0, "tau": 5.0}, {"omega1": 0.5, "tau": 5.0}], ids=str
+)
+@pytest.mark.parametrize("batch", [None, 8])
+def test_costs_are_what_the_loss_was_asked_for(options: dict, batch: int | None) -> None:
+    f = Watched()
+    result = admm(AdmmProblem(f, L1(0.05)), 20.0, **options, batch=batch, max_iter=40,
+                  records=1, **({"tol": 0.0} if batch is None else {}))  # fmt: skip
+    # The monitor asks for all rows: at the two records, and where a run may be done.
+    asked = {kind: sum(counts) for kind, counts in f.asked.items()}
+    assert result.n_ifo["d2f"] == asked["d2f"]
+    if batch is None:
+        assert asked["df"] - result.n_ifo["df"] in range(120, 60 * 43, 60)
+    else:
+        assert asked["df"] - result.n_ifo["df"] == 120
+    newton = 0 if options.get("omega1") == 1 else 2 * 40 * (batch or 60)
+    assert result.n_ifo["d2f"] >= newton  # more than one step each
+    assert result.n_ifo["df"] == result.n_ifo["d2f"] + (40 * (batch or 60) if options else 0)
+
+
+def test_sampled_consensus_looks_at_all_rows_once() -> None:
+    f = Watched()
+    result = consensus_admm([f, f], L1(0.05), 20.0, batch=8, max_iter=30)
+    assert f.asked["df"].count(60) == 2  # grad_norm, of each loss
+    assert sum(f.asked["df"]) - 120 == result.n_ifo["df"]
+    assert sum(f.asked["d2f"]) == result.n_ifo["d2f"]
+    slopes = [f.gradient(x) + 20.0 * u for x, u in zip(result.x_local, result.u, strict=True)]
+    assert result.grad_norm == pytest.approx(np.linalg.norm(slopes))
 
 
 def test_the_spread_of_sampled_runs_is_the_equations() -> None:
@@ -176,6 +224,38 @@ def test_consensus_alone_is_admm() -> None:
     np.testing.assert_allclose(result.x, fitted.coef_, atol=1e-10)
     noisy = consensus_admm(SQUARES, L1(0.1), 50.0, batch=8, max_iter=400)
     assert 1e-4 < np.abs(noisy.x - fitted.coef_).max() < 0.3
+
+
+def test_consensus_reduces_where_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL knows no tensors on the CPU; the device "meta" plays the accelerator."""
+    sent: list[str] = []
+
+    class Sent(Exception):
+        """The collective is reached."""
+
+    def record(tensor: torch.Tensor, **_: object) -> None:
+        sent.append(tensor.device.type)
+        raise Sent
+
+    ranks = _Ranks(None, 1)
+    ranks._shared = True
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    assert ranks._device() == "cuda"
+    monkeypatch.setattr(ranks, "_device", lambda: "meta")
+    monkeypatch.setattr(dist, "all_reduce", record)
+    with pytest.raises(Sent):
+        ranks.sum(np.ones(2))
+    assert sent == ["meta"]
+
+
+def test_bad_consensus() -> None:
+    with pytest.raises(ValueError, match="beta has 3 entries, A 4 rows"):
+        consensus_admm(SQUARES, L1([0.1, 0.1, 0.1]), 1.0)
+    with pytest.raises(ValueError, match=r"A must have shape \(M, 2\)"):
+        consensus_admm([SQUARES, TINY.f], L1(0.1), 1.0)
+    for x0 in ([0.0, 0, 0], [0.0, 0, 0, np.nan]):
+        with pytest.raises(ValueError, match=r"x0 must be finite of shape \(4,\)"):
+            consensus_admm(SQUARES, L1(0.1), 1.0, x0=x0)
 
 
 @pytest.mark.dist
@@ -302,6 +382,19 @@ def test_bad_equations() -> None:
         model.simulate(2, 0.0, t=1.0, x0=[0, 0])
     with pytest.raises(ValueError, match="at least two"):
         model.weak_error([0.1], t=1.0, x0=[0, 0])
+    for x0 in ([0.0], [0.0, np.nan], [[0.0, 0.0]]):
+        for ask in (
+            lambda x: model.simulate(2, 0.1, t=1.0, x0=x),
+            lambda x: model.mean_cov(1.0, x),
+            lambda x: model.weak_error([0.1, 0.2], t=1.0, x0=x),
+            lambda x: model.stopping_time(x),
+            model.drift,
+            model.diffusion,
+        ):
+            with pytest.raises(ValueError, match=r"must be finite of shape \(2,\)"):
+                ask(x0)
+    with pytest.raises(ValueError, match=r"t = 0.1 ends before .* ε = 0.2; raise t"):
+        model.weak_error([0.1, 0.2], t=0.1, x0=[0, 0])
     with pytest.raises(ValueError, match="target_std"):
         model.advise(0.0)
     with pytest.raises(ValueError, match="stiffness"):

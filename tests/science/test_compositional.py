@@ -126,6 +126,43 @@ def test_divergence_is_a_failure_that_names_the_step_length() -> None:
     assert result.nit < 400
 
 
+def test_a_start_that_is_not_finite_and_a_spent_budget_say_so() -> None:
+    nowhere = CompositionalProblem(
+        lambda x, rows: x.log().expand(len(rows), -1),
+        lambda y, rows: y.sum().expand(len(rows)),
+        inner_count=4,
+        outer_count=4,
+    )
+    result = minimize_compositional(nowhere, -np.ones(2), "gd", lr=0.1, max_iter=5)
+    assert not result.success
+    assert result.nit == 0
+    assert "at x0: start where both are finite" in result.message
+    spent = minimize_compositional(TANH, np.ones(6), "gd", lr=0.1, max_ifo=200)
+    assert spent.message == "the budget is spent: 200 IFO calls"
+    assert spent.nit == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["sarah-c", "scgd"])
+def test_on_a_gpu(method: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    data = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(device: str) -> np.ndarray:
+        here = data.to(device)
+        problem = CompositionalProblem(
+            lambda x, rows: torch.tanh(here[rows.to(device)] * x),
+            lambda y, rows: ((y - here[rows.to(device)]) ** 2).sum(1),
+            inner_count=20,
+            outer_count=20,
+        )
+        start = torch.zeros(3, dtype=torch.float64, device=device)
+        return minimize_compositional(problem, start, method, lr=0.05, max_iter=9, batch=4).x
+
+    np.testing.assert_allclose(run("cuda"), run("cpu"), atol=1e-10)
+
+
 class Net(nn.Module):
     """The tanh problem as a module."""
 
@@ -206,6 +243,12 @@ def test_real_data() -> None:
         ({"q": 0}, "q must be at least 1"),
         ({"batch": 0}, "at least 1 sample"),
         ({"batch": (1, 0, 1)}, "at least 1 sample"),
+        ({"batch": (1, 2)}, r"one whole number or three.*got \(1, 2\)"),
+        ({"batch": 2.5}, "one whole number or three.*got 2.5"),
+        ({"method": "sarah-c", "anchor_batch": "all"}, "anchor_batch must be one whole number"),
+        ({"method": "asc-pg", "averaging": lambda t: 0.0}, r"averaging\(0\) must be in \(0, 1\]"),
+        ({"method": "scgd", "averaging": lambda t: 1 - t}, r"averaging\(1\) must be in \(0, 1\]"),
+        ({"lr": lambda t: float("nan")}, r"lr\(0\) must be finite"),
         ({"max_iter": None}, "budget"),
         ({"max_iter": 0}, "max_iter"),
         ({"tol": -1.0}, "tol"),
@@ -220,6 +263,29 @@ def test_real_data() -> None:
 def test_bad_options(options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         minimize_compositional(TANH, np.ones(6), **{"lr": 0.1, "max_iter": 2, **options})
+
+
+def test_numpys_whole_numbers_are_batches() -> None:
+    options = {"lr": 0.1, "max_iter": 3}
+    found = minimize_compositional(TANH, np.ones(6), batch=np.int64(3), **options)
+    assert found.n_ifo == minimize_compositional(TANH, np.ones(6), batch=3, **options).n_ifo
+
+
+def test_derivatives_of_the_wrong_shape() -> None:
+    counts = {"inner_count": 40, "outer_count": 40}
+    for shape in ((6, 3), (2, 6), (3, 5), (3,)):
+        bad = CompositionalProblem(
+            TANH.inner, TANH.outer, **counts,
+            inner_jacobian=lambda x, rows, shape=shape: x.new_zeros(shape),
+        )  # fmt: skip
+        for method in ("sarah-c", "scgd", "gd"):
+            with pytest.raises(ValueError, match=r"inner_jacobian must return .* = \(3, 6\), got"):
+                minimize_compositional(bad, np.ones(6), method, lr=0.1, max_iter=1)
+    bad = CompositionalProblem(
+        TANH.inner, TANH.outer, **counts, outer_gradient=lambda y, rows: y[:, None]
+    )
+    with pytest.raises(ValueError, match=r"outer_gradient must return .* = \(3,\), got \(3, 1\)"):
+        minimize_compositional(bad, np.ones(6), lr=0.1, max_iter=1)
 
 
 def test_a_large_jacobian_is_fine_without_one() -> None:
