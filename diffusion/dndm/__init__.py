@@ -19,10 +19,13 @@ if TYPE_CHECKING:
         dndm_c,
         dndm_k,
         dndm_v2,
+        entropy_bound,
         first_hitting,
+        maskgit,
         mdlm_cache,
         rdm,
         rdm_k,
+        threshold,
     )
     from sparring.diffusion.dndm.ancestral import Ancestral
     from sparring.diffusion.dndm.counts import (
@@ -93,6 +96,7 @@ __all__ = [
     "dndm_k",
     "dndm_v2",
     "draw_times",
+    "entropy_bound",
     "expected_calls",
     "first_hitting",
     "frozen_path",
@@ -100,12 +104,14 @@ __all__ = [
     "integer_time",
     "markov_path",
     "masked_lm",
+    "maskgit",
     "mdlm_cache",
     "posterior",
     "posterior_mean",
     "rdm",
     "rdm_k",
     "shaped",
+    "threshold",
     "uniform",
     "unigram",
     "variational_term",
@@ -115,7 +121,7 @@ __all__ = [
 _CONTENTS = {
     "algorithms": (
         "ALGORITHMS Sampler algorithm autoregressive d3pm dndm dndm_c dndm_k dndm_v2 "
-        "first_hitting mdlm_cache rdm rdm_k"
+        "entropy_bound first_hitting maskgit mdlm_cache rdm rdm_k threshold"
     ),
     "ancestral": "Ancestral",
     "counts": (

@@ -5,13 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sparring.diffusion.dndm.ancestral import Ancestral
 from sparring.diffusion.dndm.choices import Position, Token
-from sparring.diffusion.dndm.counts import FirstHitting, LinearCounts, TransitionTimes
+from sparring.diffusion.dndm.counts import (
+    CosineCounts,
+    EntropyBoundCounts,
+    FirstHitting,
+    LinearCounts,
+    ThresholdCounts,
+    TransitionTimes,
+)
 from sparring.diffusion.dndm.denoisers import Denoiser, Sampled
 from sparring.diffusion.dndm.draws import Generators
 from sparring.diffusion.dndm.noise import Noise
@@ -61,11 +69,16 @@ def dndm(
 
 
 def dndm_v2(
-    steps: float, schedule: AnySchedule = "linear", *, token: str | Token = "sample"
+    steps: float,
+    schedule: AnySchedule = "linear",
+    *,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
 ) -> Reveal:
     """DNDM version 2: tokens with tau_n >= t are all overwritten, so earlier ones anew."""
-    return Reveal(
-        counts=TransitionTimes(steps, as_schedule(schedule)), token=token, revise="rewrite"
+    return replace(
+        dndm(steps, schedule, token=token, schedule_conditioning=schedule_conditioning),
+        revise="rewrite",
     )
 
 
@@ -84,11 +97,9 @@ def dndm_k(
         schedule: of the transition times.
         position, token, schedule_conditioning: as of `Reveal`.
     """
-    return Reveal(
-        counts=TransitionTimes(steps, as_schedule(schedule)),
+    return replace(
+        dndm(steps, schedule, token=token, schedule_conditioning=schedule_conditioning),
         position=position,
-        token=token,
-        schedule_conditioning=schedule_conditioning,
     )
 
 
@@ -115,9 +126,18 @@ def dndm_c(
     )
 
 
-def first_hitting(schedule: AnySchedule = "linear", *, token: str | Token = "sample") -> Reveal:
+def first_hitting(
+    schedule: AnySchedule = "linear",
+    *,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
     """The first-hitting sampler (arXiv 2409.02908): DNDM-C with times drawn one by one."""
-    return Reveal(counts=FirstHitting(as_schedule(schedule)), token=token)
+    return Reveal(
+        counts=FirstHitting(as_schedule(schedule)),
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+    )
 
 
 def d3pm(steps: int, schedule: AnySchedule = "linear") -> Ancestral:
@@ -130,25 +150,121 @@ def mdlm_cache(steps: int, schedule: AnySchedule = "linear") -> Ancestral:
     return Ancestral(steps=steps, schedule=as_schedule(schedule), cache=True)
 
 
-def rdm(steps: int, schedule: AnySchedule = "linear", *, token: str | Token = "sample") -> Reveal:
+def rdm(
+    steps: int,
+    schedule: AnySchedule = "linear",
+    *,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
     """RDM (arXiv 2302.05737) with random routing: T calls, each noisy token clean with chance
     (alpha_{t-1} - alpha_t) / (1 - alpha_t), the others' noise renewed."""
-    counts = TransitionTimes(steps, as_schedule(schedule), skip=False)
-    return Reveal(counts=counts, token=token, path="renewed")
-
-
-def rdm_k(steps: int, schedule: AnySchedule = "linear", *, token: str | Token = "sample") -> Reveal:
-    """RDM-k (arXiv 2302.05737): T calls; after call e the ceil(n e/T) surest of all are clean."""
-    counts = LinearCounts(steps, as_schedule(schedule), skip=False)
     return Reveal(
-        counts=counts, position="confidence", token=token, revise="rerank", path="renewed"
+        counts=TransitionTimes(steps, as_schedule(schedule), skip=False),
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+        path="renewed",
     )
 
 
-def autoregressive(schedule: AnySchedule = "linear", *, token: str | Token = "argmax") -> Reveal:
+def rdm_k(
+    steps: int,
+    schedule: AnySchedule = "linear",
+    *,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
+    """RDM-k (arXiv 2302.05737): T calls; after call e the ceil(n e/T) surest of all are clean."""
+    return Reveal(
+        counts=LinearCounts(steps, as_schedule(schedule), skip=False),
+        position="confidence",
+        token=token,
+        revise="rerank",
+        schedule_conditioning=schedule_conditioning,
+        path="renewed",
+    )
+
+
+def maskgit(
+    steps: int,
+    schedule: AnySchedule = "linear",
+    *,
+    position: str | Position = "confidence",
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
+    """MaskGIT's decoding (arXiv 2202.04200) without its Gumbel noise: `CosineCounts` in S calls.
+
+    Args:
+        steps: S.
+        schedule: for the time that the network is told.
+        position, token, schedule_conditioning: as of `Reveal`.
+    """
+    return Reveal(
+        counts=CosineCounts(steps, as_schedule(schedule)),
+        position=position,
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+    )
+
+
+def threshold(
+    schedule: AnySchedule = "linear",
+    *,
+    threshold: float = 0.9,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
+    """Threshold decoding (arXiv 2505.22618): all tokens above a chance, else the surest one.
+
+    Args:
+        schedule: for the time that the network is told.
+        threshold: as of `ThresholdCounts`.
+        token, schedule_conditioning: as of `Reveal`.
+    """
+    return Reveal(
+        counts=ThresholdCounts(threshold, as_schedule(schedule)),
+        position="confidence",
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+    )
+
+
+def entropy_bound(
+    schedule: AnySchedule = "linear",
+    *,
+    bound: float = 0.1,
+    token: str | Token = "sample",
+    schedule_conditioning: bool = False,
+) -> Reveal:
+    """Entropy-bound decoding (arXiv 2505.24857): as many of least entropy as the bound allows.
+
+    Args:
+        schedule: for the time that the network is told.
+        bound: nats, as of `EntropyBoundCounts`.
+        token, schedule_conditioning: as of `Reveal`.
+    """
+    return Reveal(
+        counts=EntropyBoundCounts(bound, as_schedule(schedule)),
+        position="entropy",
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+    )
+
+
+def autoregressive(
+    schedule: AnySchedule = "linear",
+    *,
+    token: str | Token = "argmax",
+    schedule_conditioning: bool = False,
+) -> Reveal:
     """One token a call from left to right: greedy decoding by a denoiser."""
-    counts = LinearCounts(schedule=as_schedule(schedule))
-    return Reveal(counts=counts, position="left-to-right", token=token)
+    return Reveal(
+        counts=LinearCounts(schedule=as_schedule(schedule)),
+        position="left-to-right",
+        token=token,
+        schedule_conditioning=schedule_conditioning,
+    )
 
 
 ALGORITHMS: dict[str, Callable[..., Sampler]] = {
@@ -161,8 +277,22 @@ ALGORITHMS: dict[str, Callable[..., Sampler]] = {
     "mdlm-cache": mdlm_cache,
     "rdm": rdm,
     "rdm-k": rdm_k,
+    "maskgit": maskgit,
+    "threshold": threshold,
+    "entropy-bound": entropy_bound,
     "autoregressive": autoregressive,
 }
+
+
+def settings_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """The settings that an algorithm takes, by name.
+
+    Raises:
+        ValueError: no such algorithm.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {list(ALGORITHMS)} or a sampler, not {name!r}")
+    return inspect.signature(ALGORITHMS[name]).parameters
 
 
 def algorithm(name: str, **settings: Any) -> Sampler:
@@ -175,13 +305,12 @@ def algorithm(name: str, **settings: Any) -> Sampler:
     Raises:
         ValueError: no such name, or a setting that it does not take or lacks.
     """
-    if name not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {list(ALGORITHMS)} or a sampler, not {name!r}")
+    known = settings_of(name)
     try:
         inspect.signature(ALGORITHMS[name]).bind(**settings)
     except TypeError as error:
         raise ValueError(
             f"algorithm {name!r} does not take the settings {sorted(settings)}: {error}; it has "
-            f"{list(inspect.signature(ALGORITHMS[name]).parameters)}"
+            f"{list(known)}"
         ) from None
     return ALGORITHMS[name](**settings)

@@ -63,8 +63,7 @@ class Ancestral:
         """
         check_input(x_BN, free_BN, noise)
         draws = Draws(generator, len(x_BN), x_BN.device)
-        x = x_BN.long().clone()
-        x[free_BN] = noise.draw(draws, free_BN)
+        x = noise.fill(x_BN, free_BN, draws)
         network = Network(denoiser, noise, cond or {}, len(x), x.device)
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         history = [x] if output_history else None

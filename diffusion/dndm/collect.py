@@ -79,7 +79,8 @@ def _pairs(
         pairs = corpora.cmudict() if spelt else catalogues(config.path)
         rows, counts = _suitable(pairs, config, units)
         order = np.random.default_rng(derive(seed, "split")).permutation(len(rows)).tolist()
-        heldout = [rows[n] for n in sorted(order[: config.heldout])]
+        # In the order of the draw, so that the first of them, a batch say, are a fair sample.
+        heldout = [rows[n] for n in order[: config.heldout]]
         train = [rows[n] for n in order[config.heldout :]]
     else:
         units = ("words", "words")
@@ -87,7 +88,7 @@ def _pairs(
         train, counts = _suitable(corpora.parallel(config.path, "train", languages), config, units)
         rest, more = _suitable(corpora.parallel(config.path, config.part, languages), config, units)
         heldout = rest[: config.heldout]
-        counts = {name: counts[name] + more[name] for name in counts}
+        counts |= {f"{name}_heldout": number for name, number in more.items()}
     train = train[: config.train or None]
     # What is right for a held-out word is a list; in training each of them is a pair.
     each = [

@@ -9,7 +9,7 @@ from sparring.launch.config import config, positive, within
 from sparring.launch.stages import LaunchConfig
 from sparring.launch.training import TrainingConfig
 
-STEPLESS = ("dndm-c", "first-hitting", "autoregressive")
+STEPLESS = ("dndm-c", "first-hitting", "threshold", "entropy-bound", "autoregressive")
 """Algorithms that take no number of steps."""
 
 
@@ -127,6 +127,10 @@ class TextTrainConfig(TrainingConfig):
     """lambda_t."""
     coupled: bool = True
     """Two times a sequence, of which the loss is the mean."""
+    tokens: Literal["noisy", "all"] = "noisy"
+    """Whose cross-entropy counts. "noisy": tokens that noise changed (RDM), or that are told to be
+    noise. "all": clean ones too, which d3pm and bits need with multinomial noise: else the network
+    never learns that a token may be clean already."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over symbols."""
     length_weight: float = 0.1
@@ -161,17 +165,25 @@ class SamplerConfig:
         "mdlm-cache",
         "rdm",
         "rdm-k",
+        "maskgit",
+        "threshold",
+        "entropy-bound",
         "autoregressive",
     ] = "dndm"
     """See docs/diffusion/dndm.md."""
     label: str = ""
     """Name in tables and folder; made of the settings if empty."""
     steps: int = 50
-    """T; 0: infinitely many. Not for dndm-c, first-hitting and autoregressive."""
+    """T, or maskgit's calls; 0: infinitely many. Not for dndm-c, first-hitting, threshold,
+    entropy-bound and autoregressive."""
     schedule: Literal["", "linear", "cosine", "cosine2", "beta"] = ""
     """Of the transition times; that of the training if empty."""
     beta: tuple[float, float] = (1.0, 1.0)
     """a and b of "beta"."""
+    threshold: float = 0.9
+    """Of threshold: chance above which a token is taken."""
+    bound: float = 0.1
+    """Of entropy-bound: nats that tokens taken together may share."""
     position: Literal["", "random", "confidence", "margin", "entropy", "left-to-right"] = ""
     """Which tokens come first, where the algorithm leaves that open."""
     token: Literal["", "sample", "argmax"] = ""
@@ -181,11 +193,14 @@ class SamplerConfig:
     length_beam: int = 1
     """Likeliest lengths that are tried for a source; the text counts whose log-probability a token,
     that of the length with it, is best."""
+    count: int = 0
+    """Sequences; 0: as many as the recipe says, or one for each that is held out."""
 
     def __post_init__(self) -> None:
         positive("temperature", self.temperature)
         positive("length_beam", self.length_beam)
         within("steps", self.steps, 0, float("inf"))
+        within("count", self.count, 0, float("inf"))
         for value in self.beta:
             positive("beta", value)
 
@@ -197,6 +212,10 @@ class SamplerConfig:
         parts: list[str] = [self.algorithm]
         if self.algorithm not in STEPLESS:
             parts.append(f"T={self.steps or 'inf'}")
+        if self.algorithm == "threshold":
+            parts.append(f"{self.threshold:g}")
+        if self.algorithm == "entropy-bound":
+            parts.append(f"{self.bound:g}")
         if self.schedule:
             a, b = self.beta
             parts.append(f"beta={a:g},{b:g}" if self.schedule == "beta" else self.schedule)
@@ -210,15 +229,21 @@ class SamplerConfig:
 class TextEvaluateConfig:
     """What is measured."""
 
-    measures: tuple[Literal["errors", "bleu", "chrf", "perplexity", "words", "entropy"], ...] = ()
+    measures: tuple[
+        Literal["errors", "bleu", "chrf", "perplexity", "words", "entropy", "bits"], ...
+    ] = ()
     """"errors" (symbol and sequence error rate against the nearest target), "bleu", "chrf"
     (sacrebleu), "perplexity" (of a character 5-gram model of the reference text), "words" (share
-    that the reference text has), "entropy" (of symbols). Empty: "errors" for pairs, the last three
-    for texts."""
+    that the reference text has), "entropy" (of symbols), "bits" (bound on -log2 p of held-out
+    texts, a symbol, of ancestral sampling in the sampler's T; of the network, not of the samples).
+    Empty: "errors" for pairs, "perplexity", "words" and "entropy" for texts."""
     level: float = 0.95
     """Of the bootstrap intervals over sequences."""
+    bits_texts: int = 1000
+    """Held-out texts that bits is estimated on, at most."""
 
     def __post_init__(self) -> None:
+        positive("evaluate.bits_texts", self.bits_texts)
         if not 0 < self.level < 1:
             raise ValueError(f"evaluate.level is a probability, not {self.level}")
 

@@ -230,15 +230,11 @@ class CosineCounts(_PacedCounts):
         return (total_B1 * share + 1e-9).floor().long()
 
 
-def _among_noisy(ordered_BN: Tensor, noisy_B: Tensor) -> Tensor:
-    """(B,) how many of the noisy positions, which come first in the order, are True."""
-    places = torch.arange(ordered_BN.shape[1], device=ordered_BN.device)
-    return (ordered_BN & (places < noisy_B[:, None])).sum(1)
-
-
 @dataclass(frozen=True)
 class ThresholdCounts(Counts):
-    """Every token that the network gives more than a chance, at least one (2505.22618).
+    """Every token that the network gives more than a chance (2505.22618).
+
+    The sampler's order matters only where there is none: its first position is then revealed.
 
     Args:
         threshold: in (0, 1].
@@ -258,10 +254,9 @@ class ThresholdCounts(Counts):
                 f"threshold must lie in (0, 1], not {self.threshold!r}; 1 reveals one token a call"
             )
 
-    def _rule(self, ranked: Ranked, noisy_B: Tensor) -> Tensor:
-        prediction = ranked.prediction
-        sure = prediction.logp_of(ranked.tokens_M).exp() > self.threshold
-        return _among_noisy(prediction.spread(sure, False).gather(1, ranked.order_BN), noisy_B)
+    def _rule(self, ranked: Ranked) -> Tensor:
+        sure = ranked.prediction.logp_of(ranked.tokens_M).exp() > self.threshold
+        return ranked.prediction.spread(sure, False)
 
     def plan(self, free_BN: Tensor, draws: Draws) -> AdaptivePlan:
         """The plan."""
@@ -296,10 +291,12 @@ class EntropyBoundCounts(Counts):
         if not self.bound >= 0:
             raise ValueError(f"bound must be at least 0 nats, not {self.bound!r}")
 
-    def _rule(self, ranked: Ranked, noisy_B: Tensor) -> Tensor:
-        prediction = ranked.prediction
-        entropy = prediction.spread(prediction.entropy, 0.0).gather(1, ranked.order_BN)
-        return _among_noisy(entropy.cumsum(1) - entropy.cummax(1).values <= self.bound, noisy_B)
+    def _rule(self, ranked: Ranked) -> Tensor:
+        prediction, order = ranked.prediction, ranked.order_BN
+        entropy = prediction.spread(prediction.entropy, 0.0).gather(1, order)
+        # It does not fall along the order, so what is within the bound is a run from its start.
+        within = entropy.cumsum(1) - entropy.cummax(1).values <= self.bound
+        return torch.zeros_like(within).scatter(1, order, within)
 
     def plan(self, free_BN: Tensor, draws: Draws) -> AdaptivePlan:
         """The plan."""

@@ -1,7 +1,8 @@
 """The network's side: what is asked of a denoiser, what it is checked for, and adapters.
 
-A denoiser is any `denoiser(x, t, **cond) -> logits`: x integer (A, N), t (A,) real times in (0, 1]
-of the default float type, logits (A, N, K) of x_0. A is the number of rows that take part.
+A denoiser is any `denoiser(x, t, **cond) -> logits`: x integer (A, N), t (A,) real times in (0, 1],
+float32 or the default type where that is finer, logits (A, N, K) of x_0. A is the number of rows
+that take part.
 
 Shape legend: B rows, A active rows, N positions, K tokens.
 """
@@ -34,6 +35,9 @@ class Sampled:
     """(B,) calls that each row took part in; rows that are done are left out of later calls."""
     history: list[Tensor] | None
     """(B, N) before the first call and after each, if asked for."""
+    logp_BN: Tensor | None = None
+    """(B, N) float64, nats: log p of each generated token at the call that wrote it, 0 at fixed
+    positions. None for ancestral sampling, whose tokens change with no such chance."""
 
     @property
     def row_evaluations(self) -> int:
@@ -86,29 +90,47 @@ class Network:
             name: value[active_B] if isinstance(value, Tensor) else value
             for name, value in {**self.cond, **also}.items()
         }
-        x, t = x_BN[active_B], t_B[active_B].to(torch.get_default_dtype())
-        t = t.clamp(min=torch.finfo(t.dtype).tiny)  # times near 0 must not round to it
-        logits = self.denoiser(x, t, **cond)
-        check_logits(logits, (*x.shape, self.noise.vocab_size))
+        x = x_BN[active_B]
+        logits = self.denoiser(x, told(t_B[active_B]), **cond)
+        check_logits(logits, x.shape, self.noise)
         return logits
 
 
-def check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError: another shape, NaN, +infinity, or a position where all is -infinity."""
+def told(t: Tensor) -> Tensor:
+    """Times as a network is told them: float32 at least, and none that is positive becomes 0.
+
+    A coarser default type would merge steps: bfloat16 has 8 bits, and T = 1000 needs 10.
+    """
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return t.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+
+
+def check_logits(logits: Tensor, size: torch.Size, noise: Noise) -> None:
+    """Raises ValueError: another shape than (*size, K), NaN, +infinity, or a position where all
+    tokens that x_0 can be have -infinity."""
+    shape = (*size, noise.vocab_size)
     if tuple(logits.shape) != shape:
         raise ValueError(
             f"the denoiser returned logits of shape {tuple(logits.shape)}, not {shape} (rows, "
             "positions, vocabulary): give the noise the vocab_size of the network, the mask "
             "included"
         )
-    # One reduction finds all three: NaN and +infinity show in the maximum, and so does a row of
-    # -infinity.
-    top = logits.detach().amax(-1)
-    if not bool(top.isfinite().all()):
-        row, position = (~top.isfinite()).nonzero()[0].tolist()
+    # One pass finds all three: NaN and +infinity show in the maximum, and so does a row of
+    # -infinity. The mask is no token that x_0 can be: alone it would leave nothing to draw.
+    logits = logits.detach()
+    bad = torch.zeros(size, dtype=torch.bool, device=logits.device)
+    sides = [logits]
+    if (mask := noise.mask_id) is not None:
+        bad = ~(logits[..., mask] < torch.inf)
+        sides = [s for s in (logits[..., :mask], logits[..., mask + 1 :]) if s.shape[-1]]
+    top = torch.stack([side.amax(-1) for side in sides]).amax(0)
+    bad |= ~top.isfinite()
+    if bool(bad.any()):
+        row, position = bad.nonzero()[0].tolist()
         raise ValueError(
             f"the denoiser's logits are NaN, +inf or all -inf at row {row}, position {position} "
-            f"(largest: {float(top[row, position])}); -inf is allowed for tokens that cannot be"
+            f"(largest of what x_0 can be: {float(top[row, position])}); -inf is allowed for "
+            "tokens that cannot be, but not for all of them but the mask"
         )
 
 
@@ -143,6 +165,12 @@ def check_input(x_BN: Tensor, free_BN: Tensor, noise: Noise) -> None:
         )
 
 
+def check_mode(model: torch.nn.Module) -> None:
+    """Raises ValueError: it is in training mode, where dropout would blur what it says."""
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode: call its eval() first")
+
+
 def masked_lm(model: torch.nn.Module) -> Denoiser:
     """A Hugging Face masked language model as a denoiser that ignores t.
 
@@ -152,8 +180,7 @@ def masked_lm(model: torch.nn.Module) -> Denoiser:
     Raises:
         ValueError: it is in training mode.
     """
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode: call its eval() first")
+    check_mode(model)
 
     def denoiser(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         logits: Tensor = model(input_ids=x, **cond).logits
@@ -179,8 +206,8 @@ def integer_time(denoiser: Denoiser, steps: int) -> Denoiser:
         raise ValueError(f"steps must be at least 1, not {steps}: T of the network's training")
 
     def convert(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        # t is float32 by default: k / T times T is k up to rounding.
-        number = (t.double() * steps - 1e-4).ceil().long() - 1
+        # t may be float32: k / T times T is k up to k 2^-24.
+        number = (t.double() * steps - steps * 2**-22).ceil().long() - 1
         return denoiser(x, number.clamp(0, steps - 1), **cond)
 
     return convert
@@ -196,10 +223,10 @@ def shaped(
     Args:
         denoiser: any.
         temperature: positive.
-        suppress_tokens: ids.
+        suppress_tokens: ids, in 0..K-1.
 
     Raises:
-        ValueError: temperature is not positive.
+        ValueError: temperature is not positive; at a call, an id outside the vocabulary.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
@@ -209,6 +236,10 @@ def shaped(
 
     def shape(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         logits = denoiser(x, t, **cond) / temperature
+        if outside := [i for i in never if not 0 <= i < logits.shape[-1]]:
+            raise ValueError(
+                f"suppress_tokens must lie in 0..{logits.shape[-1] - 1}, not {outside[:5]}"
+            )
         if never:
             logits[..., never] = -torch.inf
         return logits

@@ -34,8 +34,9 @@ class Corrupted:
     """float64 in [0, 1]."""
 
 
-def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+def uniform_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """float64 in [0, 1) of the same shape, made where the generator is."""
+    u = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=generator.device)
     return u.to(like.device)
 
 
@@ -66,20 +67,34 @@ def corrupt(
     Raises:
         ValueError: a time outside [0, 1], or of another shape.
     """
-    u = _uniform(tuple(x0_BN.shape), x0_BN, generator)
-    w = noise.from_uniform(_uniform((x0_BN.numel(),), x0_BN, generator)).view_as(x0_BN)
+    u = uniform_like(x0_BN, generator)
+    w = noise.from_uniform(uniform_like(x0_BN, generator))
     made = []
     for t in times_B:
-        if t.shape != x0_BN.shape[:1] or not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(
-                f"times must have shape ({len(x0_BN)},) and lie in [0, 1], got shape "
-                f"{tuple(t.shape)} and values {t.flatten()[:4].tolist()}; divide steps by T"
-            )
-        noisy = u < 1 - schedule.alpha(t)[:, None]
+        noisy = hit(u, t, schedule)
         if free_BN is not None:
             noisy = noisy & free_BN
         made.append(Corrupted(torch.where(noisy, w, x0_BN), noisy, t.double()))
     return tuple(made)
+
+
+def hit(u_BN: Tensor, t_B: Tensor, schedule: Schedule) -> Tensor:
+    """(B, N) bool: tau <= t, of tokens whose tau has the rank u.
+
+    Args:
+        u_BN: float64 in [0, 1).
+        t_B: in [0, 1].
+        schedule: alpha.
+
+    Raises:
+        ValueError: a time outside [0, 1], or of another shape.
+    """
+    if t_B.shape != u_BN.shape[:1] or not bool(((t_B >= 0) & (t_B <= 1)).all()):
+        raise ValueError(
+            f"times must have shape ({len(u_BN)},) and lie in [0, 1], got shape "
+            f"{tuple(t_B.shape)} and values {t_B.flatten()[:4].tolist()}; divide steps by T"
+        )
+    return u_BN < schedule.cdf(t_B)[:, None]
 
 
 def frozen_path(
@@ -114,9 +129,9 @@ def markov_path(
     path = [x0_BN]
     for before, after in itertools.pairwise(alpha):
         keep = after / before if before > 0 else 1.0
-        fresh = noise.from_uniform(_uniform((x0_BN.numel(),), x0_BN, generator)).view_as(x0_BN)
-        hit = _uniform(tuple(x0_BN.shape), x0_BN, generator) >= keep
-        path.append(torch.where(hit, fresh, path[-1]))
+        fresh = noise.from_uniform(uniform_like(x0_BN, generator))
+        renewed = uniform_like(x0_BN, generator) >= keep
+        path.append(torch.where(renewed, fresh, path[-1]))
     return torch.stack(path)
 
 

@@ -6,13 +6,13 @@ Shape legend: B rows, N positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparring.diffusion.dndm.algorithms import Sampler, algorithm
-from sparring.diffusion.dndm.denoisers import Denoiser, Sampled, masked_lm, shaped
+from sparring.diffusion.dndm.algorithms import Sampler, algorithm, settings_of
+from sparring.diffusion.dndm.denoisers import Denoiser, Sampled, check_mode, masked_lm, shaped
 from sparring.diffusion.dndm.draws import Generators
 from sparring.diffusion.dndm.noise import Noise, absorbing
 
@@ -38,9 +38,10 @@ def generate(
 
     Args:
         model: a `transformers` masked language model (anything whose output has `.logits` and
-            whose config has `vocab_size`), which is told no time; or `denoiser(x, t, **cond)`.
+            whose config has `vocab_size`), which is told no time; a `TextDenoiser`, whose noise
+            is its own; or `denoiser(x, t, **cond)`.
         input_ids: (B, N) tokens. Positions that are not free never change.
-        mask_token_id: of absorbing noise, for models that know their vocab_size.
+        mask_token_id: of absorbing noise, for models that know their vocab_size but no noise.
         noise: in its place, for any other denoiser or noise.
         free_mask: (B, N) bool, what is generated. None for the mask tokens.
         max_new_tokens: free positions that are added at the right.
@@ -53,12 +54,22 @@ def generate(
         settings: of the named sampler: steps, schedule, token, ...; steps=50 where it needs some.
 
     Returns:
-        `sequences`, `nfe`, `evaluations` by row, `row_evaluations` and `history`.
+        `sequences`, `nfe`, `evaluations` by row, `row_evaluations`, `history` and `logp_BN`.
 
     Raises:
-        ValueError: neither or both of mask_token_id and noise, no free position, or what the
-            sampler raises.
+        ValueError: neither or both of mask_token_id and noise, a tensor of another shape, no free
+            position, or what the sampler raises.
     """
+    for name, value in (
+        ("input_ids", input_ids),
+        ("free_mask", free_mask),
+        ("attention_mask", attention_mask),
+    ):
+        if value is not None and (value.ndim != 2 or value.shape != input_ids.shape):
+            raise ValueError(
+                f"{name} must have shape (rows, positions), that of input_ids, not "
+                f"{tuple(value.shape)}; a single row is input_ids[None]"
+            )
     denoiser, noise = _denoiser_and_noise(model, mask_token_id, noise)
     if free_mask is None:
         if noise.mask_id is None:
@@ -70,7 +81,7 @@ def generate(
     if attention_mask is not None:
         conditions["attention_mask"] = _widened(attention_mask, max_new_tokens, 1)
     if isinstance(sampler, str):
-        if sampler not in _STEPLESS:
+        if "steps" in settings_of(sampler):
             settings.setdefault("steps", _STEPS)
         sampler = algorithm(sampler, **settings)
     elif settings:
@@ -87,7 +98,6 @@ def generate(
 
 
 _STEPS = 50
-_STEPLESS = ("dndm-c", "first-hitting", "autoregressive")
 
 
 def _widened(values_BN: Tensor, more: int, fill: int) -> Tensor:
@@ -98,6 +108,15 @@ def _widened(values_BN: Tensor, more: int, fill: int) -> Tensor:
 def _denoiser_and_noise(
     model: nn.Module | Denoiser, mask_token_id: int | None, noise: Noise | None
 ) -> tuple[Denoiser, Noise]:
+    trained = getattr(getattr(model, "config", None), "noise", None)
+    if isinstance(model, nn.Module) and isinstance(trained, Noise):  # a network of this package
+        check_mode(model)
+        if mask_token_id not in (None, trained.mask_id):
+            raise ValueError(
+                f"{type(model).__name__} was trained for the mask {trained.mask_id}, not "
+                f"{mask_token_id}: leave mask_token_id out"
+            )
+        return cast(Denoiser, model.denoiser), trained if noise is None else noise
     if (mask_token_id is None) == (noise is None):
         raise ValueError(
             f"pass one of mask_token_id ({mask_token_id!r}) and noise ({noise!r}): the first for a "

@@ -56,7 +56,8 @@ def weight(t_B: Tensor, *, steps: float, schedule: Schedule, kind: Weighting) ->
 
         linear        1 - (t - 1/T): RDM's default, 1 - t for infinitely many steps
         reciprocal    T (alpha_{t-1/T} - alpha_t) / (1 - alpha_t), -alpha'/(1 - alpha) for them: the
-                      bound of absorbing noise; 1/t for the linear schedule
+                      bound of absorbing noise; 1/t for the linear schedule; 0 where 1 - alpha is
+                      0, since no token is noisy there
         none          1
 
     Args:
@@ -79,13 +80,9 @@ def weight(t_B: Tensor, *, steps: float, schedule: Schedule, kind: Weighting) ->
     before = t if steps == math.inf else t - 1 / steps
     if kind == "linear":
         return 1 - before
-    noisy = 1 - schedule.alpha(t)
-    gone = (
-        schedule.density(t)
-        if steps == math.inf
-        else steps * (schedule.alpha(before) - schedule.alpha(t))
-    )
-    return gone / noisy
+    noisy = schedule.cdf(t)
+    gone = schedule.density(t) if steps == math.inf else steps * (noisy - schedule.cdf(before))
+    return torch.where(noisy > 0, gone / noisy, 0.0)
 
 
 def cross_entropy(

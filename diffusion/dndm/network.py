@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from sparring.diffusion.dndm.config import ProcessConfig, TextModelConfig
+from sparring.diffusion.dndm.config import ProcessConfig, SamplerConfig, TextModelConfig
 from sparring.diffusion.dndm.noise import Noise, absorbing, uniform, unigram
 from sparring.diffusion.dndm.schedules import Schedule, as_schedule
 from sparring.diffusion.dndm.vocabulary import MASK, PAD, SPECIAL, Vocabularies
@@ -102,6 +103,13 @@ def named_schedule(name: str, beta: tuple[float, float]) -> Schedule:
     return as_schedule(name, *(beta if name == "beta" else ()))
 
 
+def sampling_schedule(settings: SamplerConfig, config: TextDenoiserConfig) -> Schedule:
+    """Of a sampler's transition times: its own, or that of the network's training."""
+    if settings.schedule:
+        return named_schedule(settings.schedule, settings.beta)
+    return config.schedule
+
+
 @dataclass
 class Denoised(ModelOutput):  # type: ignore[misc]
     """What `TextDenoiser` returns."""
@@ -112,11 +120,20 @@ class Denoised(ModelOutput):  # type: ignore[misc]
     """(B, L) of target length - source length + offsets; None without a source."""
 
 
+class EncoderLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):  # type: ignore[misc]
+    """torch's, whose activations can be computed again in the backward pass."""
+
+
+class DecoderLayer(GradientCheckpointingLayer, nn.TransformerDecoderLayer):  # type: ignore[misc]
+    """torch's, whose activations can be computed again in the backward pass."""
+
+
 class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
     """p_theta(x_0 | x_t, t, source)."""
 
     config_class = TextDenoiserConfig
     base_model_prefix = "denoiser"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: TextDenoiserConfig) -> None:
         super().__init__(config)
@@ -136,7 +153,7 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
 
         def stack(depth: int) -> nn.TransformerEncoder:
             return nn.TransformerEncoder(
-                nn.TransformerEncoderLayer(**layer),
+                EncoderLayer(**layer),
                 depth,
                 norm=nn.LayerNorm(width),
                 enable_nested_tensor=False,
@@ -154,7 +171,7 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
             self.source_places = nn.Embedding(config.max_source, width)
             self.encoder = stack(shape.encoder_layers)
             self.decoder = nn.TransformerDecoder(
-                nn.TransformerDecoderLayer(**layer), shape.layers, norm=nn.LayerNorm(width)
+                DecoderLayer(**layer), shape.layers, norm=nn.LayerNorm(width)
             )
             self.lengths = nn.Linear(width, 2 * shape.offsets + 1)
         else:

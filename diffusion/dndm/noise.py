@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparring.diffusion.dndm.draws import Draws, inverse_cdf
+from sparring.diffusion.dndm.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,16 @@ class Noise:
             logits = logits.index_fill(1, ids, -torch.inf)
         return logits.log_softmax(1)
 
-    def from_uniform(self, u_M: Tensor) -> Tensor:
-        """(M,) tokens from uniform float64 numbers."""
-        law = self.law_K.to(u_M.device)
-        return inverse_cdf(law.expand(len(u_M), -1), u_M) if len(u_M) else u_M.long()
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """Tokens from uniform float64 numbers of any shape, by inversion; K numbers beside them."""
+        if self.mask_id is not None:
+            return torch.full_like(u, self.mask_id, dtype=torch.long)
+        cdf = self.law_K.to(u.device).cumsum(0)
+        return torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=self.vocab_size - 1)
+
+    def fill(self, x_BN: Tensor, free_BN: Tensor, draws: Draws) -> Tensor:
+        """(B, N) int64 x_T: noise where it is free, x elsewhere."""
+        return x_BN.long().masked_scatter(free_BN, self.draw(draws, free_BN))
 
     def draw(self, draws: Draws, mask_BN: Tensor) -> Tensor:
         """(M,) a token of noise for each True. The mask costs no random number."""

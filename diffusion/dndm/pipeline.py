@@ -30,7 +30,8 @@ def build_steps(recipe: TextRecipe) -> list[Step]:
         Step(trained, TRAIN_TEXT, settings, {"data": data}, derive(recipe.seed, trained)),
     ]
     for sampler in recipe.samplers:
-        sampling = SampleTextStage(**vars(sampler), batch=recipe.batch, count=recipe.count)
+        count = sampler.count or recipe.count
+        sampling = SampleTextStage(**{**vars(sampler), "count": count}, batch=recipe.batch)
         for number in range(recipe.seeds):
             # All samplers draw from the same seeds.
             seed = derive(recipe.seed, "sample", number)
@@ -43,6 +44,8 @@ def build_steps(recipe: TextRecipe) -> list[Step]:
                 seed,
             )
             read = {"samples": made.name, "data": data}
+            if "bits" in recipe.evaluate.measures:
+                read["model"] = trained
             measured = Step(
                 f"{folder}/{EVALUATE_TEXT.name}", EVALUATE_TEXT, recipe.evaluate, read, seed
             )

@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor, zeros_like
+from torch import Tensor, ones_like, where, zeros_like
 
-from sparring.diffusion.dndm.choices import Prediction
+from sparring.diffusion.dndm.choices import Prediction, first
 from sparring.diffusion.dndm.schedules import Schedule
 
 
@@ -40,12 +40,13 @@ class Plan(ABC):
         """(B,) bool: which rows take part in this call."""
 
     @abstractmethod
-    def target(self, call: int, clean_B: Tensor, ranked: Ranked | None) -> Tensor:
-        """(B,) free positions that are clean after this call.
+    def choose(self, call: int, held_B: Tensor, order_BN: Tensor, ranked: Ranked | None) -> Tensor:
+        """(B, N) bool: which positions are clean after this call, beside those that are held.
 
         Args:
             call: its number, from 0.
-            clean_B: free positions that are clean now.
+            held_B: how many positions stay clean whatever happens.
+            order_BN: positions from first to last, those that can be chosen before the others.
             ranked: what the network said; None where positions are chosen without it.
         """
 
@@ -66,9 +67,10 @@ class DrawnPlan(Plan):
         """Rows that have an event left."""
         return call < self.events_B
 
-    def target(self, call: int, clean_B: Tensor, ranked: Ranked | None) -> Tensor:
-        """(B,)"""
-        return self.clean_BE[:, min(call, self.clean_BE.shape[1] - 1)]
+    def choose(self, call: int, held_B: Tensor, order_BN: Tensor, ranked: Ranked | None) -> Tensor:
+        """(B, N) bool: the first in order, as many as are missing."""
+        target = self.clean_BE[:, min(call, self.clean_BE.shape[1] - 1)]
+        return first(order_BN, target - held_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,8 @@ class TimedPlan(DrawnPlan):
         return replace(self, **{p: getattr(self, p).repeat_interleave(rows, 0) for p in parts})
 
 
-Rule = Callable[[Ranked, Tensor], Tensor]
-"""what the network said, (B,) noisy positions -> (B,) how many of them are revealed."""
+Rule = Callable[[Ranked], Tensor]
+"""what the network said -> (B, N) bool: positions that may be revealed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,8 @@ class AdaptivePlan(Plan):
         """Rows that are not clean yet."""
         return clean_B < self.total_B
 
-    def target(self, call: int, clean_B: Tensor, ranked: Ranked | None) -> Tensor:
-        """(B,), at least one more than now."""
+    def choose(self, call: int, held_B: Tensor, order_BN: Tensor, ranked: Ranked | None) -> Tensor:
+        """(B, N) bool: what the rule says; where it says none, the first in order."""
         assert ranked is not None
-        more = self.rule(ranked, self.total_B - clean_B)
-        return clean_B + more.clamp(min=1)
+        chosen = self.rule(ranked) & first(order_BN, self.total_B - held_B)
+        return where(chosen.any(1)[:, None], chosen, first(order_BN, ones_like(held_B)))

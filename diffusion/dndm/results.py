@@ -17,7 +17,7 @@ from sparring.launch.metrics import read_metrics
 from sparring.launch.report import Chart, Section, Series, line_chart, write_page
 from sparring.launch.rows import read_rows
 
-_COST = ("nfe", "row_evaluations", "seconds")
+_COST = ("nfe", "row_evaluations", "seconds", "batches")
 _SHOWN = 8  # sampled texts of a sampler
 
 
@@ -59,7 +59,10 @@ def summary(recipe: TextRecipe, run: Path) -> dict[str, Any]:
     widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
-    text.append("nfe: network calls a batch; row evaluations: calls that a row took part in")
+    text.append(
+        "nfe: network calls a batch; row evaluations: calls that a row took part in; seconds: of "
+        "all batches"
+    )
     return {"samplers": rows, "table": "\n".join(line.rstrip() for line in text)}
 
 
@@ -71,10 +74,11 @@ def _charts(rows: Mapping[str, list[dict[str, float]]]) -> list[Chart]:
         return []
     series = []
     for sampler, runs in rows.items():
-        calls, value = (interval([run[k] for run in runs])[0] for k in ("nfe", measure))
-        series.append(Series(sampler, [calls, calls], [value, value]))
+        calls, _, _ = interval([run["nfe"] for run in runs])
+        value, low, high = interval([run[measure] for run in runs])
+        series.append(Series(sampler, [calls], [value], [low], [high]))
     label = measure.replace("_", " ")
-    caption = f"{label} against network calls a batch; means over seeds"
+    caption = f"{label} against network calls a batch; means over seeds, 95 % t-intervals"
     return [line_chart(series, x_label="network calls", y_label=label, caption=caption)]
 
 

@@ -13,7 +13,7 @@ Shape legend: B rows, A active rows, N positions, M predicted positions, K token
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,6 @@ from sparring.diffusion.dndm.choices import (
     Position,
     Prediction,
     Token,
-    first,
     look_up,
     rank,
 )
@@ -72,6 +71,11 @@ class State:
     noise: Noise
     draws: Draws
     call: int = 0
+    logp_BN: Tensor = field(init=False)
+    """log p of each token at the call that wrote it; 0 where none was written."""
+
+    def __post_init__(self) -> None:
+        self.logp_BN = torch.zeros_like(self.x_BN, dtype=torch.float64)
 
     @property
     def noisy(self) -> Tensor:
@@ -169,15 +173,14 @@ class Reveal:
             self.advance(state, network(state.x_BN, state.times, active_B, **also))
             if history is not None:
                 history.append(state.x_BN)
-        return Sampled(state.x_BN, network.nfe, network.evaluations, history)
+        return Sampled(state.x_BN, network.nfe, network.evaluations, history, state.logp_BN)
 
     def begin(self, x_BN: Tensor, free_BN: Tensor, *, noise: Noise, generator: Generators) -> State:
         """x_T and the plans; arguments as of `sample`."""
         check_input(x_BN, free_BN, noise)
         draws = Draws(generator, len(x_BN), x_BN.device)
         plan = self.counts.plan(free_BN, draws)
-        x = x_BN.long().clone()
-        x[free_BN] = noise.draw(draws, free_BN)
+        x = noise.fill(x_BN, free_BN, draws)
         return State(x, x, free_BN, torch.zeros_like(free_BN), plan, noise, draws)
 
     def advance(self, state: State, logits_ANK: Tensor) -> Tensor:
@@ -202,6 +205,8 @@ class Reveal:
         tokens_BN = state.x_BN.masked_scatter(where, tokens)
         written = where & clean & (clean if revision.rewrites else noisy)
         x = torch.where(written, tokens_BN, state.x_BN)
+        logp_BN = prediction.spread(prediction.logp_of(tokens), 0.0)
+        state.logp_BN = torch.where(written, logp_BN, state.logp_BN)
         if self.path == "renewed":
             self._renew(state, clean)
         state.x_BN = torch.where(state.free_BN & ~clean, state.noise_BN, x)
@@ -240,8 +245,7 @@ class Reveal:
         order = rank(score_BN, state.plan.priority_BN, contend_BN)
         ranked = None if said is None else Ranked(*said, order)
         held = state.clean_BN & ~contend_BN
-        target = state.plan.target(state.call, state.clean_BN.sum(1), ranked) - held.sum(1)
-        return held | (first(order, target) & contend_BN)
+        return held | (state.plan.choose(state.call, held.sum(1), order, ranked) & contend_BN)
 
     def _renew(self, state: State, clean_BN: Tensor) -> None:
         """w stays with chance alpha_t / alpha_s, s being the row's next time."""

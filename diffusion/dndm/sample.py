@@ -8,7 +8,6 @@ Shape legend: B rows (candidates), N target positions, S source positions, L len
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,37 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparring.diffusion.dndm.algorithms import ALGORITHMS, Sampler, algorithm
+from sparring.diffusion.dndm.algorithms import Sampler, algorithm, settings_of
 from sparring.diffusion.dndm.ancestral import Ancestral
-from sparring.diffusion.dndm.choices import TOKENS, Prediction
 from sparring.diffusion.dndm.denoisers import shaped
-from sparring.diffusion.dndm.draws import Draws
-from sparring.diffusion.dndm.network import TextDenoiser, load, named_schedule, padded
+from sparring.diffusion.dndm.network import TextDenoiser, load, padded, sampling_schedule
 from sparring.diffusion.dndm.reveal import Reveal
 from sparring.diffusion.dndm.rows import SampledText, Text, TimedText
 from sparring.diffusion.dndm.stages import SampleTextStage
 from sparring.diffusion.dndm.vocabulary import MASK, PAD, SPECIAL, UNK, Vocabularies
 from sparring.launch import shards
+from sparring.launch.collective import device
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures
 
 SAMPLES = "samples.parquet"
-
-
-class Scored:
-    """A choice of tokens that remembers log p of the token last written at each position."""
-
-    def __init__(self, name: str, rows: int, width: int, device: torch.device) -> None:
-        self._choose = TOKENS[name]
-        self.logp_BN = torch.zeros((rows, width), dtype=torch.float64, device=device)
-
-    def __call__(self, prediction: Prediction, draws: Draws) -> Tensor:
-        tokens = self._choose(prediction, draws)
-        # Positions that stay noisy are predicted again, and written over, by a later call.
-        self.logp_BN[prediction.where_BN] = prediction.logp_of(tokens)
-        return tokens
 
 
 def build_sampler(settings: SampleTextStage, network: TextDenoiser) -> Sampler:
@@ -59,14 +43,11 @@ def build_sampler(settings: SampleTextStage, network: TextDenoiser) -> Sampler:
         UsageError: a setting that the algorithm does not take, or a network that it is not for.
     """
     config = network.config
-    known = inspect.signature(ALGORITHMS[settings.algorithm]).parameters
-    process = config.diffusion
-    name, beta = settings.schedule or process.schedule, process.beta
-    given: dict[str, Any] = {
-        "schedule": named_schedule(name, settings.beta if settings.schedule else beta)
-    }
+    known = settings_of(settings.algorithm)
+    given: dict[str, Any] = {"schedule": sampling_schedule(settings, config)}
     if "steps" in known:
         given["steps"] = settings.steps or math.inf
+    given |= {k: getattr(settings, k) for k in ("threshold", "bound") if k in known}
     given |= {k: v for k in ("position", "token") if (v := getattr(settings, k))}
     if config.shape.schedule_conditioning:
         given["schedule_conditioning"] = True
@@ -102,16 +83,15 @@ class TextSampler:
     @torch.no_grad()
     def batch(self, rows: Sequence[tuple[int, Text]]) -> list[TimedText]:
         """Sample a text for each of some numbered rows."""
-        first, device = rows[0][0], self.network.device
+        first, place = rows[0][0], self.network.device
         started = time.perf_counter()
         source = self._sources([row for _, row in rows])
         sizes, owner, length_logp, cond = self._candidates([row for _, row in rows], source)
         prompt = self.vocabularies.target.encode(self.settings.prompt)
-        x = padded([[*prompt, *[MASK] * (size - len(prompt))] for size in sizes]).to(device)
+        x = padded([[*prompt, *[MASK] * (size - len(prompt))] for size in sizes]).to(place)
         free = torch.tensor(
             [[len(prompt) <= n < size for n in range(x.shape[1])] for size in sizes]
         )
-        sampler, scores = self._scoring(x)
         streams = [
             torch.Generator().manual_seed(derive(self.seed, "row", rows[b][0], size))
             for b, size in zip(owner, sizes, strict=True)
@@ -121,16 +101,16 @@ class TextSampler:
             temperature=self.settings.temperature,
             suppress_tokens=[PAD, UNK, MASK],
         )
-        made = sampler.sample(
+        made = self.sampler.sample(
             denoiser,
             x,
-            free.to(device),
+            free.to(place),
             noise=self.network.config.noise,
             generator=streams,
             cond=cond,
         )
         seconds = time.perf_counter() - started
-        total = scores.logp_BN.sum(1).cpu() if scores else torch.zeros(len(x))
+        total = torch.zeros(len(x)) if made.logp_BN is None else made.logp_BN.sum(1).cpu()
         # The length's own chance counts: a network that never saw a wrong length is as sure of a
         # text that lacks its end.
         score = ((total + torch.tensor(length_logp, dtype=torch.float64)) / free.sum(1)).tolist()
@@ -200,13 +180,6 @@ class TextSampler:
         at = torch.tensor(owner, device=source_BS.device)
         return sizes, owner, length_logp, {"source": source_BS[at], "memory": memory[at]}
 
-    def _scoring(self, x_BN: Tensor) -> tuple[Sampler, Scored | None]:
-        if not isinstance(self.sampler, Reveal):
-            return self.sampler, None
-        assert isinstance(self.sampler.token, str)
-        scores = Scored(self.sampler.token, len(x_BN), x_BN.shape[1], x_BN.device)
-        return replace(self.sampler, token=scores), scores
-
 
 def _rows(settings: SampleTextStage, heldout: Sequence[Text], *, source: bool) -> list[Text]:
     """What to sample; without a source held-out texts are repeated as often as is needed."""
@@ -263,8 +236,7 @@ def run(
         UsageError: settings that the sampler does not take.
     """
     network, vocabularies, rows = _load(config, inputs)
-    if torch.cuda.is_available():
-        network = network.to("cuda")
+    network = network.to(device())
     sampler = TextSampler(
         config, network, vocabularies, build_sampler(config, network), context.seed
     )

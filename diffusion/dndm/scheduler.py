@@ -4,7 +4,8 @@
     for t in scheduler.timesteps:
         sample = scheduler.step(model(sample, t), t, sample, generator=generator).prev_sample
 
-Times are real and fall in (0, 1], as discrete schedulers of diffusers are to have them.
+Times are real and fall in (0, 1], as discrete schedulers of diffusers are to have them. A network
+that is told which tokens are noise gets `scheduler.noisy_mask` in the same loop.
 
 Shape legend: B rows, N positions, K tokens.
 """
@@ -21,8 +22,9 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from sparring.diffusion.dndm.counts import TransitionTimes
-from sparring.diffusion.dndm.denoisers import check_logits
+from sparring.diffusion.dndm.denoisers import check_logits, told
 from sparring.diffusion.dndm.draws import Draws, Generators
+from sparring.diffusion.dndm.forward import hit, uniform_like
 from sparring.diffusion.dndm.noise import Noise, absorbing, uniform
 from sparring.diffusion.dndm.plans import TimedPlan
 from sparring.diffusion.dndm.reveal import Reveal, Revise, State
@@ -99,6 +101,21 @@ class DNDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """q_noise."""
         return self._noise
 
+    @property
+    def noisy_mask(self) -> Tensor:
+        """bool (B, N), what is noise before the next step: `noisy=` of a conditioned network.
+
+        (1, N) before the first step where all rows share the times: expand it to the sample.
+
+        Raises:
+            ValueError: no `set_timesteps`.
+        """
+        if self._state is not None:
+            return self._state.noisy
+        if self._free is None:
+            raise ValueError("no transition times yet: call set_timesteps before noisy_mask")
+        return self._free
+
     def set_timesteps(
         self,
         num_inference_steps: float,
@@ -144,7 +161,8 @@ class DNDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         draws = Draws(_given(generator), rows, device)
         plan = self._plan = counts.plan(self._free, draws)
         self._state, self._draws = None, None
-        times = plan.time_BE.T.to(torch.get_default_dtype())
+        times = plan.time_BE.T
+        times = torch.where(times > 0, told(times), 0)
         self.timesteps = times[:, 0] if batch_size is None else times
         self.num_inference_steps = num_inference_steps
 
@@ -153,10 +171,8 @@ class DNDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Tensor:
         """(B, N) draws from q_noise: x_T of a pipeline."""
         source = torch.default_generator if generator is None else generator
-        u = torch.rand(
-            math.prod(shape), generator=source, dtype=torch.float64, device=source.device
-        )
-        return self._noise.from_uniform(u).view(shape)
+        u = torch.rand(shape, generator=source, dtype=torch.float64, device=source.device)
+        return self._noise.from_uniform(u)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample: tokens need no scaling."""
@@ -176,19 +192,23 @@ class DNDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             model_output: (B, N, K) logits of x_0, for all rows.
             timestep: the entry of `timesteps` whose turn it is.
-            sample: (B, N) tokens. The first one given is the noise; what a pipeline changes between
-                steps stays changed.
+            sample: (B, N) tokens of any integer type; int64 is returned. The first one given is
+                the noise; what a pipeline changes between steps stays changed.
             generator: of the tokens, one or one a row; torch's default one if None.
             return_dict: a tuple of the same four if False.
 
         Raises:
-            ValueError: no `set_timesteps`, a time out of turn, or logits that cannot be.
+            ValueError: no `set_timesteps`, a time out of turn, a sample of no integers, or logits
+                that cannot be.
         """
+        if sample.is_floating_point():
+            raise ValueError(f"sample must hold integer tokens, not {sample.dtype}")
+        sample = sample.long()
         if self._state is None:
             self._state = self._start(sample, generator)
         state = self._state
         self._check_turn(timestep, state.call)
-        check_logits(model_output, (*sample.shape, self._noise.vocab_size))
+        check_logits(model_output, sample.shape, self._noise)
         state.draws = self._streams(generator, len(sample), sample.device)
         state.noise_BN = torch.where(state.noisy, sample, state.noise_BN)
         state.x_BN, before = sample, state.clean_BN
@@ -216,13 +236,15 @@ class DNDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             noise: (B, N) tokens of noise, as `init_noise` gives them.
             timesteps: (B,) or a single one, in [0, 1].
             generator: of tau; torch's default one if None.
+
+        Raises:
+            ValueError: a time outside [0, 1], NaN among them, or of another shape.
         """
         source = torch.default_generator if generator is None else generator
-        u = torch.rand(
-            original_samples.shape, generator=source, dtype=torch.float64, device=source.device
-        ).to(original_samples.device)
-        alpha = self._law.alpha(torch.as_tensor(timesteps, device=u.device))
-        return torch.where(u < 1 - alpha.view(-1, 1), noise, original_samples)
+        u = uniform_like(original_samples, source)
+        times = torch.as_tensor(timesteps, device=u.device)
+        times = times.expand(len(u)) if times.numel() == 1 else times
+        return torch.where(hit(u, times, self._law), noise, original_samples)
 
     def _start(self, sample: Tensor, generator: Generators | None) -> State:
         if self._plan is None or self._free is None:

@@ -38,6 +38,10 @@ class Schedule(ABC):
     def _alpha(self, t: Tensor) -> Tensor:
         """alpha inside (0, 1)."""
 
+    def _cdf(self, t: Tensor) -> Tensor:
+        """1 - alpha inside (0, 1); to be given without cancellation where that is known."""
+        return 1 - self._alpha(t)
+
     @abstractmethod
     def density(self, t: Tensor) -> Tensor:
         """-alpha'(t), the density of tau for T = infinity; may be infinite at 0 and 1."""
@@ -55,6 +59,16 @@ class Schedule(ABC):
         t = t.double()
         inside = self._alpha(t.clamp(0, 1)).clamp(0, 1)
         return inside.masked_fill(t <= 0, 1.0).masked_fill(t >= 1, 0.0)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """1 - alpha(t) = P(tau <= t); for named schedules to full relative precision near 0.
+
+        Args:
+            t: any shape, a share of the whole time.
+        """
+        t = t.double()
+        inside = self._cdf(t.clamp(0, 1)).clamp(0, 1)
+        return inside.masked_fill(t <= 0, 0.0).masked_fill(t >= 1, 1.0)
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) alpha_0 = 1 .. alpha_T = 0.
@@ -123,6 +137,9 @@ class LinearSchedule(Schedule):
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - t
 
+    def _cdf(self, t: Tensor) -> Tensor:
+        return t
+
     def density(self, t: Tensor) -> Tensor:
         """1."""
         return torch.ones_like(t, dtype=torch.float64)
@@ -139,6 +156,9 @@ class CosineSchedule(Schedule):
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.cos(math.pi / 2 * t)
 
+    def _cdf(self, t: Tensor) -> Tensor:
+        return 2 * torch.sin(math.pi / 4 * t) ** 2
+
     def density(self, t: Tensor) -> Tensor:
         """pi / 2 sin(pi t / 2)."""
         return math.pi / 2 * torch.sin(math.pi / 2 * t.double())
@@ -154,6 +174,9 @@ class CosineSquaredSchedule(Schedule):
 
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.cos(math.pi / 2 * t) ** 2
+
+    def _cdf(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t) ** 2
 
     def density(self, t: Tensor) -> Tensor:
         """pi / 2 sin(pi t)."""
@@ -190,6 +213,9 @@ class BetaSchedule(Schedule):
 
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.as_tensor(special.betaincc(self.a, self.b, t.cpu().numpy())).to(t)
+
+    def _cdf(self, t: Tensor) -> Tensor:
+        return torch.as_tensor(special.betainc(self.a, self.b, t.cpu().numpy())).to(t)
 
     def density(self, t: Tensor) -> Tensor:
         """t^(a-1) (1-t)^(b-1) / B(a, b)."""
@@ -254,7 +280,7 @@ class CustomSchedule(Schedule):
         low, high = torch.zeros_like(u), torch.ones_like(u)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            before = 1 - self.alpha(middle) < u
+            before = self.cdf(middle) < u
             low, high = torch.where(before, middle, low), torch.where(before, high, middle)
         return (low + high) / 2
 

@@ -28,8 +28,6 @@ class SampleTextStage(SamplerConfig):
 
     batch: int = 100
     """Sequences that are sampled together, a shard."""
-    count: int = 0
-    """Sequences; 0: one for each that is held out."""
     length: int = 0
     """Symbols of a sequence without a source; 0: as held-out ones."""
     prompt: str = ""
@@ -38,7 +36,6 @@ class SampleTextStage(SamplerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("batch", self.batch)
-        within("count", self.count, 0, float("inf"))
         within("length", self.length, 0, float("inf"))
 
 
@@ -50,7 +47,7 @@ TEXT_DATA = Stage(
     summary="collect texts or pairs of texts, and split them",
     function="sparring.diffusion.dndm.collect:run",
     config=TextDataConfig,
-    version="1",
+    version="2",
     inputs={},
     light=True,
 )
@@ -59,7 +56,7 @@ TRAIN_TEXT = Stage(
     summary="train a network that predicts clean text from noised text",
     function="sparring.diffusion.dndm.train:run",
     config=TrainTextStage,
-    version="1",
+    version="2",
     inputs={"data": _DATA, "model?": f"{_MODEL}, to start from; its settings stay"},
     packages=("torch", "transformers", "deepspeed", "accelerate"),
 )
@@ -69,7 +66,7 @@ SAMPLE_TEXT = Stage(
     function="sparring.diffusion.dndm.sample:run",
     finish="sparring.diffusion.dndm.sample:finish",
     config=SampleTextStage,
-    version="1",
+    version="2",
     inputs={"model": _MODEL, "data": _DATA},
     packages=("torch", "transformers"),
 )
@@ -78,9 +75,13 @@ EVALUATE_TEXT = Stage(
     summary="measure sampled texts against held-out ones",
     function="sparring.diffusion.dndm.evaluate:run",
     config=TextEvaluateConfig,
-    version="1",
-    inputs={"samples": "artifact of sample-text-diffusion", "data": _DATA},
-    packages=("sacrebleu",),
+    version="2",
+    inputs={
+        "samples": "artifact of sample-text-diffusion",
+        "data": _DATA,
+        "model?": f"{_MODEL}; for the measure bits",
+    },
+    packages=("sacrebleu", "torch", "transformers"),
     light=True,
 )
 

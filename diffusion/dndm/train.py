@@ -23,7 +23,7 @@ from sparring.diffusion.dndm.losses import cross_entropy, draw_times, weight
 from sparring.diffusion.dndm.network import TextDenoiser, TextDenoiserConfig, load, padded
 from sparring.diffusion.dndm.rows import Text
 from sparring.diffusion.dndm.stages import TrainTextStage
-from sparring.diffusion.dndm.vocabulary import Vocabularies
+from sparring.diffusion.dndm.vocabulary import PAD, Vocabularies
 from sparring.launch.config import plain, resolved
 from sparring.launch.errors import SparringError
 from sparring.launch.optimisation import accumulate, descend, micro_batches
@@ -142,6 +142,8 @@ class TextTrainer:
         else:
             network = load(start, data.vocabularies)
             data.check(network.config, start)
+        if settings.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
         self.config: TextDenoiserConfig = network.config
         self.noise = self.config.noise
         set_seed(derive(context.seed, "dropout", context.world.rank) % 2**32)
@@ -185,11 +187,17 @@ class TextTrainer:
             cond["noisy"] = drawn.noisy_BN.to(device)
         x, x0 = drawn.x_BN.to(device), drawn.x0_BN.to(device)
         made = self.network(x, drawn.t_B.float().to(device), **cond)
-        told = self.noise.mask_id is not None or "noisy" in cond
-        counted = drawn.noisy_BN.to(device) if told else x != x0
+        if settings.tokens == "all":
+            counted = x0 != PAD
+        elif self.noise.mask_id is not None or "noisy" in cond:
+            counted = drawn.noisy_BN.to(device)
+        else:
+            counted = x != x0
         ce = cross_entropy(
             made.logits, x0, counted, noise=self.noise, label_smoothing=settings.label_smoothing
         )
+        # What is shown can be compared between runs: without the smoothing.
+        nats = cross_entropy(made.logits.detach(), x0, counted, noise=self.noise)
         lam = weight(
             drawn.t_B,
             steps=self.config.steps,
@@ -198,15 +206,15 @@ class TextTrainer:
         ).to(ce)
         loss = (lam * ce).sum() / times / per_row
         sums = {
-            "nats": float(ce.detach().sum()),
+            "nats": float(nats.sum()),
             "noisy": float(counted.sum()),
             "rows": float(len(rows)),
         }
         if made.length_logits is not None:
             lengths = self._lengths(rows).to(device)
             logits = made.length_logits.float()
-            nats = nn.functional.cross_entropy(logits, lengths, reduction="sum")
-            loss = loss + settings.length_weight * nats
+            length_nats = nn.functional.cross_entropy(logits, lengths, reduction="sum")
+            loss = loss + settings.length_weight * length_nats
             sums["length_right"] = float((logits.argmax(1) == lengths).sum())
         return loss, {"loss": float(loss.detach()), **sums}
 

@@ -5,12 +5,27 @@
             steps over DNDM's on the same network, calls for a batch of 100 rows aligned by rank,
             total variation between DNDM's and ancestral samples of a law of two tokens, beside
             what two samples of one law differ by (tv_floor).
-full run    the recipe dndm-g2p for each noise and three seeds, networks and samples of all samplers
-            at T = 25, 50, 1000 and infinity: symbol error against calls and seconds. Each is a run
-            of `sparring`, so the same command goes on where it was stopped.
+full run    for each recipe, seed and kind of network (see NETWORKS) every sampler that it is for,
+            at T = 25, 50, 1000 and infinity (DNDM-C): what the recipe measures, with the bound in
+            bits a symbol, against calls and seconds a batch. Tables and plots with 95 % t-intervals
+            over seeds. Pairs are dndm-g2p; texts dndm-glosses, or dndm-chitchat; dndm-en-de (BLEU,
+            chrF) if it is asked for.
+
+Each network is a run folder of `sparring` below --out. What is there is kept, so the same command
+goes on where it was stopped, and --recipes, --networks, --seeds and --T make it in pieces; tables
+are always of all that is there. Commands at the same time need different seeds, recipes or
+networks.
+
+What keeps it cheap: masks need no t, so one network that ignores it serves all samplers, MDLM's
+cache too; RDM at T = 1000 is left out where its law is D3PM's; and where calls are T by
+construction (or near it, MDLM's cache) T = 1000 runs on one batch, a fair sample since held-out
+texts are in random order. Estimates for one core, from a few steps and calls of each: dndm-g2p 35
+minutes to train a network and 15 to sample from it, four networks a seed; texts 65 (1500 steps,
+half the recipe's) and 50, three networks a seed. So three seeds of both are about 10 and 17 hours.
 
     python scripts/benchmarks/dndm.py --quick
-    python scripts/benchmarks/dndm.py --out runs/dndm-benchmark        # hours on one core
+    python scripts/benchmarks/dndm.py --seeds 0
+    python scripts/benchmarks/dndm.py --recipes dndm-en-de --data dndm-en-de=translations
 
 The last line printed is JSON.
 """
@@ -18,13 +33,16 @@ The last line printed is JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
+import math
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,12 +55,13 @@ from sparring.diffusion.dndm import (
     dndm,
     expected_calls,
 )
-from sparring.diffusion.dndm.config import SamplerConfig
+from sparring.diffusion.dndm.config import SamplerConfig, TextRecipe
 from sparring.diffusion.dndm.network import TextDenoiser, TextDenoiserConfig
 from sparring.diffusion.dndm.pipeline import PIPELINE
 from sparring.diffusion.dndm.results import cells, found
 from sparring.launch import runs
-from sparring.launch.config import plain
+from sparring.launch.comparison import interval
+from sparring.launch.errors import SparringError
 from sparring.launch.progress import Reporter
 from sparring.launch.report import Series, line_chart
 
@@ -129,71 +148,180 @@ def quick() -> dict[str, Any]:
     }
 
 
-def grid() -> tuple[SamplerConfig, ...]:
-    """Every sampler at every T that it has."""
-    names = ("d3pm", "rdm", "rdm-k", "dndm", "dndm-v2", "dndm-k")
-    listed: list[Any] = [
-        SamplerConfig(algorithm=name, steps=steps)  # type: ignore[arg-type]
-        for steps in (25, 50, 1000)
-        for name in names
-    ]
-    listed += [
-        SamplerConfig(algorithm="dndm-c"),
-        SamplerConfig(algorithm="dndm-c", position="confidence"),
-        SamplerConfig(algorithm="first-hitting"),
-        SamplerConfig(algorithm="autoregressive"),
-        SamplerConfig(algorithm="dndm-k", steps=50, token="argmax"),
-    ]
-    return tuple(listed)
+@dataclass(frozen=True)
+class Kind:
+    """A network, and the samplers that it is for."""
+
+    noise: Literal["absorbing", "uniform"]
+    algorithms: tuple[str, ...]
+    """At every T."""
+    time: bool = True
+    told: bool = False
+    """It gets the mask of noisy tokens."""
+    tokens: Literal["noisy", "all"] = "noisy"
+    bits: bool = True
+    """Its p(x_0 | x_t) is one, so there is a bound."""
+    texts: bool = True
+    """Also for recipes of texts."""
 
 
-def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, noise: str) -> list[str]:
-    """Drawings of symbol error against calls and against seconds, a line a sampler over its T."""
-    families: dict[str, list[dict[str, float]]] = {}
-    for name, figures in measured.items():
-        mean = {key: sum(one[key] for one in figures) / len(figures) for key in figures[0]}
-        families.setdefault(re.sub(r"-T=[^-]*", "", name), []).append(mean)
+_DNDM = ("dndm", "dndm-v2", "dndm-k")
+NETWORKS = {
+    "absorbing": Kind("absorbing", ("d3pm", "mdlm-cache", "rdm", "rdm-k", *_DNDM), time=False),
+    # p(x_0 | x_t) of all tokens, as D3PM needs it: where DNDM's bias shows.
+    "uniform": Kind("uniform", ("d3pm", "rdm", "rdm-k", *_DNDM), tokens="all"),
+    # The law of masks, so RDM would be DNDM again.
+    "uniform-told": Kind("uniform", ("rdm-k", *_DNDM), told=True),
+    # As RDM and the paper train it: tokens that changed, so it never says that one is clean.
+    "uniform-rdm": Kind("uniform", ("rdm", "rdm-k", *_DNDM), bits=False, texts=False),
+}
+_CALLS_ARE_T = ("d3pm", "mdlm-cache", "rdm", "rdm-k")
+_RANDOM = ("d3pm", "mdlm-cache", "rdm", "dndm", "dndm-v2", "first-hitting")
+_MANY = 1000
+_TEXT_STEPS, _TEXT_BATCH = 1500, 50
+PAIRS = ("cmudict", "gettext", "parallel")
+TIMES = (25, 50, 1000, 0)
+_MOST_SEEDS = 20
+
+
+def arms(kind: Kind, times: Sequence[int], *, batch: int, pairs: bool) -> list[SamplerConfig]:
+    """Every sampler of a network at every T that it has; T = 0 is infinity."""
+    listed: list[dict[str, Any]] = []
+    for steps in times:
+        for name in kind.algorithms:
+            slow = name in _CALLS_ARE_T
+            law_of_d3pm = name == "rdm" and kind.noise == "absorbing"
+            if (slow and not steps) or (law_of_d3pm and steps >= _MANY):
+                continue
+            count = batch if slow and steps >= _MANY else 0
+            listed.append({"algorithm": name, "steps": steps, "count": count})
+            if pairs and name in ("dndm-k", "rdm-k") and steps in (0, 50):
+                listed.append({"algorithm": name, "steps": steps, "token": "argmax"})
+    listed.append({"algorithm": "first-hitting"})
+    token = "argmax" if pairs else "sample"
+    listed.append({"algorithm": "autoregressive", "token": token})
+    calls = (4, 8) if pairs else (16, 32)
+    listed += [{"algorithm": "maskgit", "steps": n, "token": token} for n in calls]
+    listed += [{"algorithm": "threshold", "threshold": p, "token": token} for p in (0.9, 0.6)]
+    listed += [{"algorithm": "entropy-bound", "bound": h, "token": token} for h in (0.1, 1.0)]
+    return [SamplerConfig(**settings) for settings in listed]
+
+
+def built(base: TextRecipe, name: str, seed: int, times: Sequence[int], steps: int) -> TextRecipe:
+    """A recipe with a network of some kind, and its samplers."""
+    kind, pairs = NETWORKS[name], base.data.source in PAIRS
+    batch = base.batch if pairs else min(base.batch, _TEXT_BATCH)
+    measures = base.evaluate.measures or (
+        ("errors",) if pairs else ("perplexity", "words", "entropy")
+    )
+    steps = steps or (base.train.steps if pairs else min(base.train.steps, _TEXT_STEPS))
+    return replace(
+        base,
+        name=f"{base.name}-{name}-{steps}-seed{seed}",
+        seed=seed,
+        seeds=1,
+        batch=batch,
+        model=replace(base.model, time=kind.time, schedule_conditioning=kind.told),
+        process=replace(base.process, noise=kind.noise),
+        train=replace(base.train, steps=steps, coupled=False, tokens=kind.tokens),
+        samplers=tuple(arms(kind, times, batch=batch, pairs=pairs)),
+        evaluate=replace(base.evaluate, measures=measures + ("bits",) * kind.bits),
+    )
+
+
+def each_batch(figures: dict[str, float]) -> dict[str, float]:
+    """With seconds a batch, since arms differ in their number of batches."""
+    figures = dict(figures)
+    seconds, batches = figures.pop("seconds"), figures.pop("batches")
+    return {**figures, "seconds_a_batch": seconds / batches}
+
+
+def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, name: str) -> list[str]:
+    """The first measure against calls and against seconds, with intervals; a line a sampler.
+
+    Samplers that leave positions and tokens to chance and those that go by the network's answer
+    are two pairs of drawings.
+    """
+    first = next(iter(measured.values()))[0]
+    measure = "bleu" if "bleu" in first else next(iter(first))
+    families: dict[str, list[list[dict[str, float]]]] = {}
+    for sampler, seeds in measured.items():
+        family = re.sub(r"-(T=)?(inf|[0-9.]+)(?=-|$)", "", sampler)
+        families.setdefault(family, []).append(seeds)
     paths = []
-    for cost, label in (("nfe", "network calls a batch"), ("seconds", "seconds a batch")):
+    for cost, group in itertools.product(("nfe", "seconds_a_batch"), ("random", "chosen")):
         series = []
-        for name, points in families.items():
-            points.sort(key=lambda point: point[cost])
-            x = [point[cost] for point in points]
-            series.append(Series(name, x, [point["symbol_error"] for point in points]))
+        for family, points in families.items():
+            if (family in _RANDOM) is (group == "random"):
+                x = [interval([one[cost] for one in seeds])[0] for seeds in points]
+                y = [interval([one[measure] for one in seeds]) for seeds in points]
+                at, of = zip(*sorted(zip(x, y, strict=True)), strict=True)
+                value, low, high = zip(*of, strict=True)
+                series.append(Series(family, at, value, low, high))
+        label = "network calls a batch" if cost == "nfe" else "seconds a batch"
         chart = line_chart(
-            series, x_label=label, y_label="symbol error rate", caption=noise, marked=True
+            series, x_label=label, y_label=measure.replace("_", " "), caption=name, marked=True
         )
-        path = out / f"{noise}-{cost}.svg"
+        path = out / f"{name}-{group}-{cost}.svg"
         path.write_text(str(chart.svg), encoding="utf-8")
         paths.append(str(path))
     return paths
 
 
-def full(out: Path, *, seeds: int, steps: int) -> dict[str, Any]:
-    """Train and sample; a table for each noise."""
-    _, recipe = runs.load_recipe(ROOT / "recipes" / "dndm-g2p.toml")
-    results: dict[str, Any] = {}
-    for noise in ("absorbing", "uniform"):
-        measured: dict[str, list[dict[str, float]]] = {}
-        for seed in range(seeds):
-            chosen = dataclasses.replace(
-                recipe,
-                name=f"{noise}-{seed}",
-                seed=seed,
-                seeds=1,
-                samplers=grid(),
-                process=dataclasses.replace(recipe.process, noise=noise),
-                train=dataclasses.replace(recipe.train, steps=steps or recipe.train.steps),
-            )
-            folder = out / chosen.name
-            runs.execute(PIPELINE, chosen, folder, Reporter(quiet=False))
-            for name, figures in found(chosen, folder).items():
-                measured.setdefault(name, []).extend(figures)
-        results[noise] = measured
-        print(noise, *plots(measured, out, noise))
-        for line in cells(measured):
-            print("  " + " | ".join(line))
-    return {"recipe": plain(recipe.train), "figures": results}
+def tables(
+    bases: Mapping[str, TextRecipe], options: argparse.Namespace
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Print a table of each recipe and kind of network, over the seeds that are there."""
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
+    times = sorted({*TIMES, *options.T}, key=lambda steps: steps or math.inf)
+    for base in bases.values():
+        for name in NETWORKS:
+            measured: dict[str, list[dict[str, float]]] = {}
+            for seed in range(_MOST_SEEDS):
+                recipe = built(base, name, seed, times, options.steps)
+                for sampler, figures in found(recipe, options.out / recipe.name).items():
+                    measured.setdefault(sampler, []).extend(map(each_batch, figures))
+            if not measured:
+                continue
+            print(f"\n{base.name}, {name}:", *plots(measured, options.out, f"{base.name}-{name}"))
+            heading, *lines = cells(measured)
+            for line in (heading, ["---"] * len(heading), *lines):
+                print("| " + " | ".join(line) + " |")
+            shown.setdefault(base.name, {})[name] = {
+                sampler: {
+                    **{key: interval([one[key] for one in figures]) for key in figures[0]},
+                    "seeds": len(figures),
+                }
+                for sampler, figures in measured.items()
+            }
+    return shown
+
+
+def full(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and sample what is asked for, and show all that is there."""
+    paths = dict(pair.split("=", 1) for pair in options.data)
+    bases: dict[str, TextRecipe] = {}
+    for given in options.recipes:
+        file = Path(given) if given.endswith(".toml") else ROOT / "recipes" / f"{given}.toml"
+        _, base = runs.load_recipe(file)
+        if base.name in paths:
+            base = replace(base, data=replace(base.data, path=paths[base.name]))
+        bases[base.name] = base
+    for base, seed, name in itertools.product(bases.values(), options.seeds, options.networks):
+        if not NETWORKS[name].texts and base.data.source not in PAIRS:
+            continue
+        recipe = built(base, name, seed, options.T, options.steps)
+        # Another piece of the grid is another recipe in the same folder.
+        runs.execute(
+            PIPELINE, recipe, options.out / recipe.name, Reporter(quiet=False), changed=True
+        )
+    figures = tables(bases, options)
+    return {"benchmark": "dndm", "threads": torch.get_num_threads(), "figures": figures}
+
+
+def whole_or_infinity(text: str) -> int:
+    """T, 0 for "inf"."""
+    return 0 if text == "inf" else int(text)
 
 
 def main() -> None:
@@ -201,12 +329,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/dndm-benchmark"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipes", nargs="+", default=["dndm-g2p", "dndm-glosses"])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--T", nargs="+", type=whole_or_infinity, default=list(TIMES))
     parser.add_argument("--steps", type=int, default=0, help="of training; 0: the recipe's")
+    parser.add_argument("--data", nargs="+", default=[], metavar="RECIPE=FOLDER")
     options = parser.parse_args()
-    figures = (
-        quick() if options.quick else full(options.out, seeds=options.seeds, steps=options.steps)
-    )
+    torch.set_num_threads(1)
+    try:
+        figures = quick() if options.quick else full(options)
+    except SparringError as error:
+        sys.exit(f"error: {error}")
     print(json.dumps(figures))
 
 

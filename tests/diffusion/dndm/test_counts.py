@@ -169,6 +169,27 @@ def test_threshold() -> None:
     assert run(ThresholdCounts(0.1), logits) == [[4, 4]]
 
 
+@pytest.mark.parametrize("position", ["random", "left-to-right", "margin", "confidence"])
+def test_threshold_takes_the_sure_positions_in_any_order(position: str) -> None:
+    """The order decides nothing but which one comes where none is sure."""
+    logits = with_confidence([0.3, 0.99, 0.35, 0.99, 0.3, 0.3])
+    sampler = Reveal(counts=ThresholdCounts(0.9), position=position, token="argmax")
+    x = torch.zeros(1, 6, dtype=torch.long)
+    for seed in range(5):
+        state = sampler.begin(
+            x, full(1, 6), noise=NOISE, generator=torch.Generator().manual_seed(seed)
+        )
+        sampler.advance(state, logits)
+        assert state.clean_BN[0].nonzero()[:, 0].tolist() == [1, 3]
+        left = [0, 2, 4, 5]
+        first = {
+            "random": max(left, key=lambda n: float(state.plan.priority_BN[0, n])),
+            "left-to-right": 0,
+        }.get(position, 2)
+        sampler.advance(state, logits)
+        assert state.clean_BN[0].nonzero()[:, 0].tolist() == sorted([1, 3, first])
+
+
 def test_entropy_bound() -> None:
     """Against the sum written out: least entropies first, sum minus the largest <= bound."""
     chances = [0.99, 0.9, 0.8, 0.6, 0.5]

@@ -13,6 +13,7 @@ from tiny_law import (
     FIGURES,
     UNIFORM,
     K,
+    Net,
     absorbing_net,
     all_times,
     ancestral_law,
@@ -20,6 +21,7 @@ from tiny_law import (
     data_law,
     enumerate_law,
     product_of_marginals,
+    timed_net,
     total_variation,
     uniform_net,
 )
@@ -52,10 +54,12 @@ def test_absorbing_dndm_is_ancestral_sampling(steps: int) -> None:
     assert total_variation(ours, LAW) == pytest.approx(ties / steps, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [CosineSchedule(), BetaSchedule(3, 2)])
-def test_absorbing_dndm_is_ancestral_for_other_schedules(schedule: Schedule) -> None:
+@pytest.mark.parametrize("net", [absorbing_net(LAW), timed_net(LAW)], ids=["blind", "sees t"])
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(), BetaSchedule(3, 2)])
+def test_absorbing_dndm_is_ancestral_for_other_schedules_and_networks_that_see_t(
+    schedule: Schedule, net: Net
+) -> None:
     u, chance = all_times(8, schedule.pmf(8))
-    net = absorbing_net(LAW)
     ours = enumerate_law(dndm(8, schedule), net, ABSORBING, u, chance)
     theirs = ancestral_law(net, ABSORBING, schedule.grid(8).tolist())
     assert np.abs(ours - theirs).max() < 1e-12

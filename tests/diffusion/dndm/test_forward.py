@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from tiny_law import bayes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparring.diffusion.dndm import (
     BetaSchedule,
@@ -164,6 +165,37 @@ def test_inverse_cdf() -> None:
     # Small chances survive: float32 cannot hold 1 + 1e-9.
     small = torch.tensor([[1.0, 1e-9]], dtype=torch.float64)
     assert inverse_cdf(small, torch.tensor([1 - 5e-10], dtype=torch.float64)).tolist() == [1]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made meanwhile had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("noise", [absorbing(5000, 3), uniform(5000)], ids=["masks", "uniform"])
+def test_noise_takes_no_law_a_token(noise: Noise) -> None:
+    """5000 symbols and 512 tokens: never 5000 x 512 numbers, and for masks not even 5000."""
+    x0 = torch.randint(4, 5000, (8, 64), generator=seeded())
+    with Largest() as largest:
+        (made,) = corrupt(
+            x0,
+            torch.full((8,), 0.5),
+            schedule=LinearSchedule(),
+            noise=noise,
+            generator=seeded(),
+        )
+    assert largest.numbers <= (512 if noise.mask_id is not None else 5000)
+    assert 0.3 < float((made.x_BN != x0).double().mean()) < 0.7
 
 
 def test_streams_belong_to_rows() -> None:

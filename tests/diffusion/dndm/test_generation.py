@@ -15,12 +15,15 @@ from sparring.diffusion.dndm import (
     Reveal,
     absorbing,
     dndm,
+    dndm_c,
     generate,
     integer_time,
     masked_lm,
     shaped,
     uniform,
 )
+from sparring.diffusion.dndm.denoisers import Network
+from sparring.diffusion.dndm.network import TextDenoiser, TextDenoiserConfig
 
 V, MASK = 30, 4
 
@@ -170,7 +173,7 @@ def test_temperature_shapes_the_law() -> None:
     assert logits.tolist() == [[[0.0, 1.0, 2.0]]]
 
 
-@pytest.mark.parametrize("steps", [1, 3, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 3, 50, 1000, 4000, 100_000])
 def test_integer_times_are_the_trained_ones(steps: int) -> None:
     """k / T in float32 is step k - 1; between steps the next one; never T."""
     seen: list[int] = []
@@ -192,6 +195,48 @@ def test_integer_times_are_the_trained_ones(steps: int) -> None:
     assert seen == [0, steps - 1]
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1000, 4000])
+def test_samplers_ask_for_the_trained_steps(default: torch.dtype, steps: int) -> None:
+    """Whatever the default type: in bfloat16 most of 1000 steps would be another one's."""
+    seen: list[int] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        seen.extend(t.tolist())
+        return torch.zeros(*x.shape, 3, dtype=torch.float32)
+
+    rows = torch.full((steps, 1), 2)
+    network = Network(integer_time(denoiser, steps), absorbing(3, 2), {}, steps, rows.device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        grid = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        network(rows, grid, torch.ones(steps, dtype=torch.bool))
+    finally:
+        torch.set_default_dtype(before)
+    assert seen == list(range(steps))
+
+
+def test_a_network_of_this_package_knows_its_noise() -> None:
+    """And which options it takes: the same call as its sampler's own, and other masks refused."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = TextDenoiserConfig(vocab_size=8, max_target=6)
+        network = TextDenoiser(config).eval()
+    x = torch.tensor([[1, 3, 1, 1, 4], [1, 1, 1, 5, 1]])
+    made = generate(network, x, sampler="dndm-c", generator=seeded())
+    wanted = dndm_c().sample(network.denoiser, x, x == 1, noise=config.noise, generator=seeded())
+    assert torch.equal(made.sequences, wanted.sequences)
+    assert torch.equal(
+        generate(network, x, mask_token_id=1, sampler="dndm-c", generator=seeded()).sequences,
+        made.sequences,
+    )
+    with pytest.raises(ValueError, match="trained for the mask 1, not 2"):
+        generate(network, x, mask_token_id=2)
+    with pytest.raises(ValueError, match="TextDenoiser is in training mode"):
+        generate(network.train(), x)
+
+
 def test_bad_input(bert: BertForMaskedLM) -> None:
     cases = [
         ({"mask_token_id": None}, "pass one of"),
@@ -204,6 +249,9 @@ def test_bad_input(bert: BertForMaskedLM) -> None:
         ({"sampler": dndm(3), "steps": 5}, "belong to named samplers"),
         ({"steps": 0}, "steps must be .* not 0"),
         ({"input_ids": torch.tensor([[5, 6]])}, "row 0 has all tokens fixed"),
+        ({"input_ids": torch.tensor([5, 4])}, r"input_ids must have shape \(rows, positions\)"),
+        ({"attention_mask": torch.ones(8)}, "attention_mask must have shape .*input_ids"),
+        ({"free_mask": torch.ones(1, 8, dtype=torch.bool)}, "free_mask must have shape"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "both at least 1"),
         ({"model": lambda x, t: x}, "has no config.vocab_size"),
         ({"sampler": Reveal(counts=LinearCounts()), "noise": absorbing(9, MASK),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tiny_law import (
 )
 
 from sparring.diffusion.dndm import (
+    BetaSchedule,
     CosineSchedule,
     LinearSchedule,
     Noise,
@@ -178,6 +180,29 @@ def test_weights(steps: int) -> None:
     torch.testing.assert_close(ours[0], 1 - index / steps, rtol=0, atol=1e-6)
     torch.testing.assert_close(ours[1], steps / (index + 1), rtol=1e-6, atol=1e-6)
     assert ours[2].tolist() == [1] * steps
+
+
+def beta_cdf(a: int, b: int, t: Fraction) -> Fraction:
+    """P(Beta(a, b) <= t) for whole a and b, exactly: the tail of a binomial."""
+    n = a + b - 1
+    return sum((math.comb(n, j) * t**j * (1 - t) ** (n - j) for j in range(a, n + 1)), Fraction())
+
+
+@pytest.mark.parametrize(("a", "b"), [(17, 4), (5, 3), (100, 4)])
+def test_weights_of_a_beta(a: int, b: int) -> None:
+    """Against exact fractions, where 1 - alpha is far below the last bit of 1; and for T = inf."""
+    steps, schedule = 50, BetaSchedule(a, b)
+    cdf = [beta_cdf(a, b, Fraction(t, steps)) for t in range(steps + 1)]
+    wanted = [float(steps * (1 - before / now)) for before, now in itertools.pairwise(cdf)]
+    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    settings = {"schedule": schedule, "kind": "reciprocal"}
+    found = weight(t, steps=steps, **settings)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9)
+    # As t falls, density / cdf is a / t (1 + O(t)); below the smallest float there is no noise.
+    small = torch.tensor([1e-3, 2e-3, 1e-300], dtype=torch.float64)
+    found = weight(small, steps=math.inf, **settings)
+    np.testing.assert_allclose(found[:2].numpy(), a / small[:2].numpy(), rtol=1e-2)
+    assert float(found[2]) == 0
 
 
 def test_continuous_weights_are_the_limit() -> None:

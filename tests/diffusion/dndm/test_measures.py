@@ -69,16 +69,20 @@ def test_its_own_text_is_likelier_than_noise() -> None:
 
 
 def test_entropy_and_words() -> None:
-    assert entropy(["aabb", "ccdd"]) == pytest.approx(2)
-    assert entropy(["aaaa"]) == 0
+    assert entropy(np.array([2.0, 2, 2, 2])) == pytest.approx(2)
+    assert entropy(np.array([4.0, 0])) == 0
+    assert entropy(np.zeros(2)) == 0
     assert words_known("at the zat on m", frozenset({"the", "on"})) == (2, 3)
 
 
 def test_a_ratio_and_its_interval() -> None:
-    value, low, high = evaluate.ratio([1, 0, 0, 1] * 50, [1.0] * 200, 0, 0.95)
+    value, low, high = evaluate.Spread(0, 0.95).ratio([1, 0, 0, 1] * 50, [1.0] * 200)
     assert value == 0.5
     # Of 200 coins: 1.96 standard deviations are 0.069.
     assert (low, high) == pytest.approx((0.431, 0.569), abs=0.015)
+    inner = evaluate.Spread(0, 0.5).ratio([1, 0, 0, 1] * 50, [1.0] * 200)
+    assert inner[1:] == pytest.approx([0.476, 0.524], abs=0.01)
+    assert evaluate.Spread(0, 0.95).ratio([0, 0], [0, 0]) == [0, 0, 0]
 
 
 def evaluated(tmp_path: Path, texts: list[str], *, pairs: bool, **options: Any) -> dict[str, Any]:
@@ -110,10 +114,29 @@ def test_errors_count_against_the_nearest_target(tmp_path: Path) -> None:
 def test_bleu_of_the_target_is_100(tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="needs sacrebleu")
     figures = evaluated(tmp_path, ["A B C A B", "A B"], pairs=True, measures=("bleu", "chrf"))
-    assert (figures["bleu"], figures["chrf"]) == pytest.approx((100, 100))
+    assert figures["bleu"][0] == pytest.approx(100)
+    assert figures["chrf"] == pytest.approx([100, 100, 100])
     worse = evaluated(tmp_path, ["C C C A B", "A B"], pairs=True, measures=("bleu", "chrf"))
-    assert worse["chrf"] < 90
-    assert worse["bleu"] < 90
+    for name in ("bleu", "chrf"):
+        value, low, high = worse[name]
+        assert low <= value <= high
+        assert value < 90
+        assert low < high
+
+
+def test_bleu_and_chrf_are_sacrebleus_with_all_that_is_right(tmp_path: Path) -> None:
+    """The value against corpus_score; "A C" is what else is right, as for the error rates."""
+    pytest.importorskip("sacrebleu", reason="needs sacrebleu")
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    said = ["A C C A B", "A C"]
+    figures = evaluated(tmp_path, said, pairs=True, measures=("bleu", "chrf"))
+    references = [["A B C A B", "A B"], ["A C", "A C"]]
+    for name, metric in (("bleu", BLEU(tokenize="none", force=True)), ("chrf", CHRF())):
+        wanted = metric.corpus_score(said, references).score
+        assert figures[name][0] == pytest.approx(wanted)
+        assert wanted > metric.corpus_score(said, references[:1]).score
 
 
 def test_texts_are_judged_by_another_text(tmp_path: Path) -> None:
@@ -124,7 +147,9 @@ def test_texts_are_judged_by_another_text(tmp_path: Path) -> None:
     assert same["words_known"][0] == 1
     odd = evaluated(tmp_path, ["tttttttttt", "a tac tat "], pairs=False)
     assert odd["perplexity"][0] > 3 * same["perplexity"][0]
-    assert odd["entropy"] < same["entropy"]
+    assert odd["entropy"][0] < same["entropy"][0]
+    assert odd["entropy"][1] <= odd["entropy"][0] <= odd["entropy"][2]
+    assert odd["entropy"][1] < odd["entropy"][2]
     assert odd["words_known"][0] == 0
 
 
@@ -133,3 +158,5 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
         evaluated(tmp_path, ["a", "b"], pairs=False)
     with pytest.raises(UsageError, match="need pairs"):
         evaluated(tmp_path, ["a", "b"], pairs=False, measures=("errors",))
+    with pytest.raises(SparringError, match="give the one that sampled, --model"):
+        evaluated(tmp_path, ["a", "b"], pairs=False, measures=("bits",))

@@ -18,7 +18,10 @@ from sparring.diffusion.dndm import (
     algorithm,
     d3pm,
     dndm,
+    dndm_k,
+    generate,
 )
+from sparring.diffusion.dndm.denoisers import Denoiser
 
 V, MASK = 6, 5
 
@@ -62,6 +65,19 @@ def nan_at_a_place(x: Tensor, t: Tensor) -> Tensor:
     return logits
 
 
+def only(token: int) -> Denoiser:
+    """Sure of one token at every position, all others impossible."""
+    law = torch.full((V,), -math.inf)
+    law[token] = 0
+    return lambda x, t: law.expand(*x.shape, V)
+
+
+def nan_at_the_mask(x: Tensor, t: Tensor) -> Tensor:
+    logits = torch.zeros(*x.shape, V)
+    logits[0, 1, MASK] = math.nan
+    return logits
+
+
 BAD_INPUT = [
     ({"x": torch.zeros(1, 0, dtype=torch.long)}, r"both at least 1.*\(1, 0\)"),
     ({"x": torch.zeros(4, dtype=torch.long)}, r"shape \(rows, positions\)"),
@@ -77,12 +93,16 @@ BAD_INPUT = [
     ({"net": nan_at_a_place}, "NaN, .* at row 1, position 2"),
     ({"net": lambda x, t: torch.full((*x.shape, V), -math.inf)}, "all -inf at row 0"),
     ({"net": lambda x, t: torch.full((*x.shape, V), math.inf)}, r"\+inf .* at row 0"),
+    ({"net": only(MASK)}, "all -inf at row 0, position 0"),
+    ({"net": nan_at_the_mask}, "NaN, .* at row 0, position 1"),
     ({"cond": {"source": torch.zeros(3, 2)}}, r"cond\['source'\] .* batch of 2"),
     ({"generator": [seeded()]}, "2 rows need one generator, or one each, not 1"),
 ]
 
 
-@pytest.mark.parametrize("sampler", [dndm(5), d3pm(5)], ids=["reveal", "ancestral"])
+@pytest.mark.parametrize(
+    "sampler", [dndm(5), dndm_k(5), d3pm(5)], ids=["reveal", "confidence", "ancestral"]
+)
 @pytest.mark.parametrize(("change", "message"), BAD_INPUT)
 def test_bad_input(sampler: Reveal, change: dict[str, object], message: str) -> None:
     x = torch.zeros(2, 3, dtype=torch.long)
@@ -97,3 +117,22 @@ def test_bad_input(sampler: Reveal, change: dict[str, object], message: str) -> 
             generator=given["generator"],  # type: ignore[arg-type]
             cond=given["cond"],  # type: ignore[arg-type]
         )
+
+
+@pytest.mark.parametrize("mask", [0, V - 1])
+def test_a_sure_network_is_no_refusal(mask: int) -> None:
+    """One token is enough, whichever end the mask is at."""
+    x = torch.full((2, 3), mask)
+    made = dndm(5).sample(only(3), x, x == mask, noise=absorbing(V, mask), generator=seeded())
+    assert made.sequences.tolist() == [[3] * 3] * 2
+
+
+def test_suppressed_tokens_are_tokens_and_not_all_of_them() -> None:
+    x = torch.full((1, 3), MASK)
+    for suppressed, message in (
+        ([0, 1, 2, 3, 4], "not for all of them but the mask"),
+        ([2, 9], r"suppress_tokens must lie in 0\.\.5, not \[9\]"),
+        ([-1], r"not \[-1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(zeros, x, noise=absorbing(V, MASK), suppress_tokens=suppressed)

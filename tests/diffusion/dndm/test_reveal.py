@@ -10,86 +10,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from watched import (
+    ABSORBING,
+    FREE,
+    MASK,
+    NAMED,
+    PROMPT,
+    TABLE,
+    UNIFORM,
+    V,
+    Watching,
+    constant,
+    seeded,
+)
 
 from sparring.diffusion.dndm import (
-    ALGORITHMS,
-    Ancestral,
     BetaSchedule,
-    CosineCounts,
-    EntropyBoundCounts,
     LinearCounts,
     Noise,
     Reveal,
-    ThresholdCounts,
     TransitionTimes,
-    absorbing,
-    algorithm,
-    autoregressive,
-    d3pm,
     dndm,
     dndm_c,
     dndm_k,
     dndm_v2,
-    first_hitting,
-    mdlm_cache,
     rdm,
-    rdm_k,
-    uniform,
 )
-
-V, MASK = 6, 5
-ABSORBING, UNIFORM = absorbing(V, MASK), uniform(V, [1, 2, 3, 4])
-TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Watching:
-    """A denoiser whose rows are computed one by one, and which remembers what it was asked."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
-        self.x: list[Tensor] = []
-        self.t: list[Tensor] = []
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.x.append(x)
-        self.t.append(t)
-        near = TABLE[x] + 0.5 * TABLE[x.roll(1, 1)] - 0.5 * TABLE[x.roll(-1, 1)]
-        return self.scale * (near + t.double()[:, None, None] * TABLE[0])
-
-
-def constant(tokens: Tensor) -> object:
-    """A denoiser that is sure of the same tokens whatever it sees."""
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(tokens.expand_as(x), V).double() * 1e4
-
-    return denoiser
-
-
-NAMED = {
-    "dndm": dndm(20),
-    "dndm argmax": dndm(20, "cosine", token="argmax"),
-    "dndm-v2": dndm_v2(20),
-    "dndm-k": dndm_k(20, BetaSchedule(5, 3)),
-    "dndm-c": dndm_c(),
-    "dndm-c-k": dndm_c("cosine2", position="confidence"),
-    "first-hitting": first_hitting(),
-    "d3pm": d3pm(20),
-    "mdlm-cache": mdlm_cache(20),
-    "rdm": rdm(20),
-    "rdm-k": rdm_k(20),
-    "autoregressive": autoregressive(),
-    "maskgit": Reveal(counts=CosineCounts(4), position="confidence"),
-    "threshold": Reveal(counts=ThresholdCounts(0.6), position="confidence"),
-    "entropy-bound": Reveal(counts=EntropyBoundCounts(0.5), position="entropy"),
-    "margin": Reveal(counts=LinearCounts(3), position="margin", token="argmax"),
-}
-PROMPT = torch.tensor([[0, 1, MASK, MASK, 2, MASK, MASK, 0], [0, MASK, MASK, 3, MASK, 1, 1, 0]])
-FREE = PROMPT == MASK
 
 
 @pytest.mark.parametrize("noise", [ABSORBING, UNIFORM], ids=["absorbing", "uniform"])
@@ -360,82 +306,3 @@ def test_reranking_keeps_the_token_of_a_position_that_stays_clean() -> None:
         generator=seeded(),
     )
     assert made.sequences.tolist() == [[4, 5, 3]]
-
-
-def test_renewed_noise_changes_at_the_rate_of_the_markov_chain() -> None:
-    rows, steps = 4000, 4
-    sampler = rdm(steps)
-    x = torch.zeros(rows, 1, dtype=torch.long)
-    noise = uniform(V)
-    state = sampler.begin(x, torch.ones_like(x, dtype=torch.bool), noise=noise, generator=seeded())
-    logits = torch.zeros(rows, 1, V)
-    for t in range(steps, 1, -1):
-        before, noisy = state.x_BN.clone(), state.noisy
-        sampler.advance(state, logits)
-        still = noisy & state.noisy
-        kept = (1 - t / steps) / (1 - (t - 1) / steps)
-        same = float((state.x_BN == before)[still].double().mean())
-        share = kept + (1 - kept) / V
-        error = 4 * math.sqrt(share * (1 - share) / int(still.sum()))
-        assert abs(same - share) < error
-        # The share of noisy tokens that become clean is (alpha_{t-1} - alpha_t) / (1 - alpha_t).
-        shown = float((noisy & ~state.noisy).sum() / noisy.sum())
-        assert abs(shown - 1 / t) < 4 * math.sqrt(1 / t / int(noisy.sum()))
-
-
-def test_steps_that_are_not_skipped_cost_calls_and_change_nothing() -> None:
-    x = torch.full((3, 5), MASK)
-    free = torch.ones_like(x, dtype=torch.bool)
-    every = Reveal(counts=TransitionTimes(30, skip=False))
-    slow = every.sample(Watching(), x, free, noise=ABSORBING, generator=seeded())
-    fast = dndm(30).sample(Watching(), x, free, noise=ABSORBING, generator=seeded())
-    assert slow.nfe == 30
-    assert slow.row_evaluations == 90
-    assert fast.nfe <= 5
-    assert torch.equal(slow.sequences, fast.sequences)
-
-
-def test_the_cache_changes_no_token_and_fades_with_the_batch() -> None:
-    def timeless(x: Tensor, t: Tensor) -> Tensor:
-        return TABLE[x] - 0.5 * TABLE[x.roll(1, 1)]
-
-    calls = []
-    for rows in (1, 16):
-        x = torch.full((rows, 6), MASK)
-        free = torch.ones_like(x, dtype=torch.bool)
-        plain, cached = (
-            make(100).sample(timeless, x, free, noise=ABSORBING, generator=seeded())
-            for make in (d3pm, mdlm_cache)
-        )
-        assert torch.equal(plain.sequences, cached.sequences)
-        assert plain.nfe == 100
-        calls.append(cached.nfe)
-    assert calls[0] <= 7  # one more than DNDM's, unless a token changes at the first step
-    assert calls[1] > 40
-
-
-def test_conditions_are_cut_to_the_rows_of_a_call() -> None:
-    seen = []
-
-    def net(x: Tensor, t: Tensor, source: Tensor, scale: float, noisy: Tensor) -> Tensor:
-        assert len(source) == len(x) == len(noisy)
-        assert scale == 2.0
-        assert torch.equal(noisy, x == MASK)
-        seen.append(source.flatten().tolist())
-        return TABLE[x]
-
-    x = torch.full((3, 4), MASK)
-    x[1, 1:] = 0
-    free = x == MASK
-    cond = {"source": torch.arange(3)[:, None], "scale": 2.0}
-    sampler = dndm_c(schedule_conditioning=True)
-    made = sampler.sample(net, x, free, noise=ABSORBING, generator=seeded(), cond=cond)
-    assert seen == [[0, 1, 2], [0, 2], [0, 2], [0, 2]]
-    assert made.evaluations.tolist() == [4, 1, 4]
-    assert made.row_evaluations == 9
-
-
-def test_names() -> None:
-    assert isinstance(algorithm("d3pm", steps=3), Ancestral)
-    assert algorithm("dndm", steps=3, schedule="cosine") == dndm(3, "cosine")
-    assert set(ALGORITHMS) >= {"dndm", "dndm-v2", "dndm-k", "dndm-c", "first-hitting", "rdm-k"}

@@ -149,6 +149,63 @@ def test_streams_of_rows() -> None:
     assert not torch.equal(made[0][0], made[0][1])
 
 
+@pytest.mark.parametrize("t", [500, math.nan, -1.0, [0.5, 0.5, 0.5], [0.5, 1.5]])
+def test_times_that_are_none_are_refused_by_add_noise(t: object) -> None:
+    scheduler = DNDMScheduler(V, N, mask_token_id=MASK)
+    x = torch.zeros(2, N, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\].*divide steps by T"):
+        scheduler.add_noise(x, scheduler.init_noise((2, N)), torch.tensor(t))
+
+
+def test_timesteps_near_0_are_positive_and_do_not_depend_on_the_default_type() -> None:
+    """Beta(.001, .001) has times below the least float32; a row that is done has 0."""
+    scheduler = DNDMScheduler(
+        V, mask_token_id=MASK, schedule="beta", schedule_parameters=[0.001, 0.001]
+    )
+    free = torch.ones(2, 10, dtype=torch.bool)
+    free[1, 6:] = False
+    before = torch.get_default_dtype()
+    try:
+        for default in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(default)
+            scheduler.set_timesteps(math.inf, batch_size=2, free_mask=free, generator=seeded())
+            assert scheduler.timesteps.dtype == torch.float32
+            assert bool((scheduler.timesteps[:, 0] > 0).all())
+            assert (scheduler.timesteps[:, 1] > 0).tolist() == [True] * 6 + [False] * 4
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_network_that_is_told_the_noise_in_a_loop() -> None:
+    """Multinomial noise by `noisy_mask`: the sampler with schedule conditioning, token by token."""
+
+    def net(x: Tensor, t: Tensor, noisy: Tensor) -> Tensor:
+        return Counting()(x, t) + 2 * TABLE[1] * noisy[..., None]
+
+    scheduler = DNDMScheduler(V, N, token="argmax")
+    with pytest.raises(ValueError, match="call set_timesteps before noisy_mask"):
+        _ = scheduler.noisy_mask
+    scheduler.set_timesteps(20, batch_size=5, generator=seeded(4))
+    sampler = dndm(20, token="argmax", schedule_conditioning=True)
+    free = torch.ones(5, N, dtype=torch.bool)
+    made = sampler.sample(
+        net,
+        torch.zeros(5, N, dtype=torch.long),
+        free,
+        noise=scheduler.noise,
+        generator=seeded(4),
+        output_history=True,
+    )
+    assert made.history is not None
+    sample = made.history[0].int()  # of any integer type
+    for n, t in enumerate(scheduler.timesteps):
+        noisy = scheduler.noisy_mask
+        assert bool(noisy.all()) is (n == 0)
+        sample = scheduler.step(net(sample.long(), t, noisy), t, sample).prev_sample
+        assert torch.equal(sample, made.history[n + 1])
+    assert not bool(scheduler.noisy_mask.any())
+
+
 def test_config_is_saved_and_loaded(tmp_path: Path) -> None:
     scheduler = DNDMScheduler(
         V, N, noise_token_ids=[0, 2], schedule="beta", schedule_parameters=[17, 4], token="argmax"
@@ -213,7 +270,11 @@ def test_bad_input() -> None:
         scheduler.step(logits[..., :-1], first, sample)
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="set_timesteps was for"):
-        scheduler.step(torch.zeros(2, N + 1, V), scheduler.timesteps[0], torch.zeros(2, N + 1))
+        scheduler.step(
+            torch.zeros(2, N + 1, V), scheduler.timesteps[0], torch.zeros(2, N + 1).long()
+        )
+    with pytest.raises(ValueError, match=r"integer tokens, not torch\.float32"):
+        scheduler.step(logits, scheduler.timesteps[0], sample.float())
     scheduler.set_timesteps(1)
     scheduler.step(logits, 1.0, sample)
     with pytest.raises(ValueError, match="all 1 timesteps are done"):

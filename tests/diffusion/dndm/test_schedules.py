@@ -82,6 +82,21 @@ def test_density_quantile_and_alpha_agree(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_the_distribution_function_keeps_small_chances(schedule: Schedule) -> None:
+    """1 - alpha to rounding; named ones also where 1 - alpha is nothing but rounding."""
+    t = torch.linspace(-0.1, 1.1, 49, dtype=torch.float64)
+    torch.testing.assert_close(schedule.cdf(t), 1 - schedule.alpha(t), rtol=0, atol=1e-15)
+    assert schedule.cdf(torch.tensor([-1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 1, 1]
+    if not isinstance(schedule, CustomSchedule):
+        tiny = schedule.quantile(torch.tensor([1e-20], dtype=torch.float64))
+        if not isinstance(schedule, CosineSchedule):  # its quantile is an arccos, which cancels
+            assert float(schedule.cdf(tiny)) == pytest.approx(1e-20, rel=1e-6)
+        small = torch.tensor([1e-9], dtype=torch.float64)
+        mass, _ = integrate.quad(lambda s: 1e-9 * float(schedule.density(small * s)), 0, 1)
+        assert float(schedule.cdf(small)) == pytest.approx(mass, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @settings(max_examples=30)
 @given(steps=st.integers(1, 60))
 def test_times_invert_the_law_exactly(schedule: Schedule, steps: int) -> None:

@@ -10,12 +10,10 @@ import pytest
 import torch
 from toy_text import TINY, TrainRun, sampled, toy_rows, write_data
 
-from sparring.diffusion.dndm.algorithms import ALGORITHMS
+from sparring.diffusion.dndm.algorithms import ALGORITHMS, settings_of
 from sparring.diffusion.dndm.config import STEPLESS, SamplerConfig, TextModelConfig, TextRecipe
-from sparring.diffusion.dndm.network import load
+from sparring.diffusion.dndm.network import TextDenoiser
 from sparring.diffusion.dndm.rows import SampledText, Text
-from sparring.diffusion.dndm.sample import Scored, build_sampler
-from sparring.diffusion.dndm.stages import SampleTextStage
 from sparring.launch.cli import main
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows, write_rows
@@ -51,6 +49,10 @@ steps = 6
 [[samplers]]
 algorithm = "d3pm"
 steps = 6
+count = 4
+
+[evaluate]
+measures = ["perplexity", "entropy", "bits"]
 
 [launch]
 inline = ["train-text-diffusion", "sample-text-diffusion"]
@@ -98,6 +100,11 @@ def test_a_recipe_runs_resumes_and_reports(
         assert (run["nfe"], run["row_evaluations"]) == (6, 6)
         assert run["perplexity"] > 1
         assert run["seconds"] > 0
+        assert run["batches"] == 1  # its own count: one batch of the recipe's two
+        # A network that knows next to nothing: the log of its alphabet, or above.
+        assert 3 < run["bits"] < 10
+    assert {run["batches"] for run in found["samplers"]["dndm-T=6"]} == {2}
+    assert len({run["bits"] for run in found["samplers"]["dndm-T=6"]}) == 2  # of two seeds
     assert all(run["nfe"] <= 6 for run in found["samplers"]["dndm-T=6"])
     rows = read_rows(
         out / "dndm-T=6" / "seed0" / "sample-text-diffusion" / "samples.parquet", SampledText
@@ -150,6 +157,19 @@ def test_what_cannot_be_sampled_is_said(
     assert message in str(caught.value)
 
 
+def test_ranks_of_one_host_have_an_accelerator_each(
+    unconditional: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two ranks samples on cuda:1."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(TextDenoiser, "to", lambda self, place: asked.append(place) or self)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert len(sampled(unconditional, texts, tmp_path / "s", count=2)) == 2
+    assert asked == [torch.device("cuda", 1)]
+
+
 def test_sources_that_the_network_does_not_take(
     conditional: Path, pairs: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -191,31 +211,11 @@ def test_a_beam_takes_the_best_of_its_lengths(
     assert all(a.score < 0 for a in one)
 
 
-def test_scores_are_of_the_tokens_that_are_written(unconditional: Path) -> None:
-    """One call reveals all: the score is the log-softmax of the logits at the written tokens."""
-    network = load(unconditional)
-    settings = SampleTextStage(algorithm="dndm", steps=1)
-    sampler = build_sampler(settings, network)
-    scored = Scored("sample", 2, 5, torch.device("cpu"))
-    object.__setattr__(sampler, "token", scored)
-    x = torch.ones((2, 5), dtype=torch.long)
-    made = sampler.sample(
-        network.denoiser,
-        x,
-        x == 1,
-        noise=network.config.noise,
-        generator=torch.Generator().manual_seed(0),
-    )
-    with torch.no_grad():
-        logits = network(x, torch.ones(2)).logits.double()
-    logits[..., 1] = -torch.inf
-    expected = logits.log_softmax(-1).gather(-1, made.sequences[..., None])[..., 0]
-    torch.testing.assert_close(scored.logp_BN, expected, atol=1e-6, rtol=0)
-
-
 def test_recipes_know_the_samplers() -> None:
     assert set(get_args(get_type_hints(SamplerConfig)["algorithm"])) == set(ALGORITHMS)
-    assert {n for n in ALGORITHMS if n in STEPLESS} == set(STEPLESS)
+    assert {n for n in ALGORITHMS if "steps" not in settings_of(n)} == set(STEPLESS)
+    assert SamplerConfig(algorithm="threshold", threshold=0.6).name == "threshold-0.6"
+    assert SamplerConfig(algorithm="entropy-bound").name == "entropy-bound-0.1"
     assert SamplerConfig(steps=0).name == "dndm-T=inf"
     assert SamplerConfig(schedule="beta", beta=(17.0, 4.0)).name == "dndm-T=50-beta=17,4"
 
@@ -237,12 +237,60 @@ def test_recipes_that_cannot_be(options: dict[str, Any]) -> None:
         TextModelConfig(**{**vars(TINY), "heads": 3})
 
 
-def test_the_papers_settings() -> None:
-    folder = Path(__file__).resolve().parents[3] / "recipes" / "paper"
-    _, iwslt = load_recipe(folder / "dndm-iwslt14.toml")
-    model = iwslt.model
-    assert (model.layers, model.hidden, model.feedforward, model.heads) == (6, 512, 1024, 4)
-    assert (iwslt.process.steps, iwslt.train.lr, iwslt.train.steps) == (50, 5e-4, 100_000)
-    assert iwslt.train.warmup * iwslt.train.steps == 30_000
-    _, text8 = load_recipe(folder / "dndm-text8.toml")
-    assert (text8.process.steps, text8.data.length, text8.model.layers) == (1000, 256, 12)
+PAPER = Path(__file__).resolve().parents[3] / "recipes" / "paper"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "updates", "warmup", "dropout", "noise", "betas"),
+    [
+        ("iwslt14", (1024, 4), 100_000, 30_000, 0.3, ("absorbing", "linear"), ((5, 3), (17, 4))),
+        (
+            "iwslt14-multinomial",
+            (1024, 4),
+            100_000,
+            30_000,
+            0.3,
+            ("uniform", "cosine"),
+            ((17, 5), (17, 4)),
+        ),
+        ("wmt14", (2048, 8), 80_000, None, 0.2, ("absorbing", "linear"), ((3, 3), (100, 4))),
+        ("wmt16", (2048, 8), 180_000, 15_000, None, ("absorbing", "linear"), ((20, 5), (100, 4))),
+    ],
+)
+def test_the_papers_translation(
+    name: str,
+    sizes: tuple[int, int],
+    updates: int,
+    warmup: int | None,
+    dropout: float | None,
+    noise: tuple[str, str],
+    betas: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Spec, section 2.2 and 2.3; None where it gives no number."""
+    _, recipe = load_recipe(PAPER / f"dndm-{name}.toml")
+    model, train, process = recipe.model, recipe.train, recipe.process
+    assert (model.layers, model.encoder_layers, model.hidden) == (6, 6, 512)
+    assert (model.feedforward, model.heads) == sizes
+    assert dropout is None or model.dropout == dropout
+    assert (train.lr, train.steps, train.weighting, train.coupled) == (
+        5e-4,
+        updates,
+        "linear",
+        True,
+    )
+    assert warmup is None or train.warmup * updates == pytest.approx(warmup, rel=0.001)
+    assert (process.steps, process.noise, process.schedule) == (50, *noise)
+    assert train.batch % (8 * train.micro_batch) == 0
+    for sampler in recipe.samplers:
+        assert (sampler.token, sampler.length_beam) == ("argmax", 5)
+        wanted = betas[1] if sampler.algorithm == "dndm-c" else betas[0]
+        assert sampler.beta == ((1, 1) if sampler.algorithm == "rdm-k" else wanted)
+
+
+@pytest.mark.parametrize(("name", "steps", "length"), [("text8", 1000, 256), ("enwik8", 4000, 320)])
+def test_the_papers_characters(name: str, steps: int, length: int) -> None:
+    _, recipe = load_recipe(PAPER / f"dndm-{name}.toml")
+    assert recipe.data.source == name
+    assert (recipe.process.steps, recipe.data.length, recipe.model.layers) == (steps, length, 12)
+    assert {s.steps for s in recipe.samplers if s.algorithm != "dndm-c"} == {steps}
+    assert recipe.data.heldout * length == pytest.approx(5_000_000, rel=1e-3)

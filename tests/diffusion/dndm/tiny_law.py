@@ -82,6 +82,17 @@ def absorbing_net(law: Floats) -> Net:
     return distinct(net)
 
 
+def timed_net(law: Floats) -> Net:
+    """A network for masks whose answer depends on t: less and less sure towards t = 1."""
+
+    def net(x: Tensor, t: Floats, noisy: Tensor) -> Floats:
+        p = given_clean(law, x, x != MASK)
+        blur = np.where((x == MASK).numpy(), t[:, None] / 2, 0)[..., None]
+        return np.concatenate([(1 - blur) * p + blur / K, np.zeros((len(x), N, 1))], 2)
+
+    return distinct(net)
+
+
 def uniform_net(law: Floats, alpha: Callable[[float], float] = lambda t: 1 - t) -> Net:
     """The perfect network p(x_0 | x_t, t) for uniform noise, not told which tokens are noise."""
 
