@@ -50,6 +50,7 @@ TEXT_DATA = Stage(
     version="2",
     inputs={},
     light=True,
+    reads=("path",),
 )
 TRAIN_TEXT = Stage(
     name="train-text-diffusion",
