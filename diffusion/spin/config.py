@@ -17,7 +17,12 @@ class ImagesConfig:
     """"digits" (scikit-learn), "icons" (fugue-icons), a folder of images with captions, a folder
     saved by datasets, or the id of a data set on the hub."""
     split: str = "train"
-    """Of a data set on the hub."""
+    """Of a data set on the hub, or of a saved one with several."""
+    heldout_split: str = ""
+    """Split to hold images out of, where a data set has one for it; empty: part of `split`."""
+    heldout_by: Literal["image", "caption"] = "image"
+    """"caption": one image a held-out caption, and none of these captions is trained on; "image":
+    any images, for sets of few captions."""
     image_column: str = "image"
     """Of a data set."""
     caption_column: str = "text"
@@ -32,7 +37,7 @@ class ImagesConfig:
     """"center": scale the shorter side and cut the longer; "pad": put smaller images on a
     background."""
     train: int = 1000
-    """Images to train on; 0: all that are not held out."""
+    """Images to train on; 0: all that are not held out. Others are not even read."""
     heldout: int = 200
     """Images held out."""
 
@@ -40,6 +45,8 @@ class ImagesConfig:
         positive("images.size", self.size)
         positive("images.heldout", self.heldout)
         within("images.train", self.train, 0, float("inf"))
+        if self.heldout_split == self.split:
+            raise ValueError(f"images.heldout_split is images.split too: {self.split!r}")
 
 
 @config
@@ -53,6 +60,9 @@ class ImageModelConfig:
     """Branch, tag or commit of a hub id."""
     widths: tuple[int, ...] = (32, 64)
     """Channels of the small network's levels."""
+    target: Literal["auto", "epsilon", "v", "flow"] = "auto"
+    """What the network predicts; "auto": what the pipeline's scheduler says. Another one is written
+    into the run's scheduler, so that sampling and training agree."""
 
 
 @config
@@ -60,7 +70,7 @@ class SamplingConfig:
     """How images are made."""
 
     scheduler: str = "ddim"
-    """"ddim", "ddpm", "dpm" (DPM-Solver++), "euler", or "own": the pipeline's."""
+    """"ddim", "ddpm", "dpm" (DPM-Solver++), "euler", or "own": the pipeline's, as flows need."""
     steps: int = 50
     """Network calls an image, twice as many with guidance."""
     guidance: float = 7.5
@@ -92,6 +102,9 @@ class ImageTrainConfig(TrainingConfig):
     """Strength of the pull to the opponent, in units of a mean over latent dimensions."""
     link: Literal["logistic", "hinge"] = "logistic"
     """The decreasing convex function of the margin."""
+    weight: str = "none"
+    """Weight of a pair's margin by its time step: module:function, called with times (B,) and the
+    forward process (`process.Process`), gives (B,); "none": 1 everywhere."""
     winner_guard: bool = False
     """Weaken the loser's gradient so that the winner's error does not grow to first order."""
     sft_weight: float = 0.0
@@ -100,8 +113,6 @@ class ImageTrainConfig(TrainingConfig):
     """Share of rows that are trained with the empty caption, as guidance needs."""
     wrong_captions: float = 0.0
     """Share of rows that get another row's caption: for a start that leaves room."""
-    target: Literal["auto", "epsilon", "v", "flow"] = "auto"
-    """What the network predicts; "auto": what the pipeline's scheduler says."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the attention's matrices; 0 trains all weights. The result is
     merged, and the opponent is the network without adapters."""
@@ -111,12 +122,17 @@ class ImageTrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("train.steps", self.steps)
+        if self.weight != "none" and ":" not in self.weight:
+            raise ValueError(f"train.weight is none or module:function, not {self.weight!r}")
         for value in schedule_values("train.beta", self.beta):
             positive("train.beta", value)
         for name in ("caption_dropout", "wrong_captions"):
             within(f"train.{name}", getattr(self, name), 0, 1)
         within("train.sft_weight", self.sft_weight, 0, float("inf"))
         within("train.lora_rank", self.lora_rank, 0, float("inf"))
+
+
+SCORERS = ("classifier", "clip", "pickscore", "aesthetic", "hpsv2", "imagereward")
 
 
 @config
@@ -132,6 +148,15 @@ class ImageEvaluateConfig:
     level: float = 0.95
     """Of the bootstrap intervals, which resample captions' images."""
 
+    @property
+    def scorer_files(self) -> tuple[str, ...]:
+        """What the scorers name: paths (or hub ids), and module:function as it stands."""
+        found: list[str] = []
+        for name in self.scorers:
+            kind, _, rest = name.partition(":")
+            found += rest.split("|") if kind in SCORERS else [name]
+        return tuple(found)
+
     def __post_init__(self) -> None:
         positive("evaluate.k", self.k)
         if not 0 < self.level < 1:
@@ -146,9 +171,12 @@ class ImageRecipe:
     """Also the default name of the run's folder."""
     pipeline: Literal["images"] = "images"
     """Kind of run."""
-    algorithm: Literal["spin-diffusion", "sft-diffusion", "frozen-reference"] = "spin-diffusion"
-    """"spin-diffusion": the opponent is the iterate before; "frozen-reference": the opponent's
-    network stays the start, as in DPO; "sft-diffusion": the real images alone."""
+    algorithm: Literal["spin-diffusion", "one-iteration", "frozen-reference", "sft-diffusion"] = (
+        "spin-diffusion"
+    )
+    """"spin-diffusion": the opponent is the iterate before; "one-iteration": the start and its
+    images stay opponent and losers; "frozen-reference": losers are new, but the opponent's network
+    stays the start, as in DPO; "sft-diffusion": the real images alone."""
     iterations: int = 3
     """Rounds of generating and training."""
     seed: int = 0

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 Array = NDArray[np.float64]
 
 
 class Features:
-    """Principal components of the real images' pixels.
+    """Principal components of the real images' thumbnails.
 
     Stand-in for Inception's, which have to be fetched; distances are comparable within one data set
     and size only.
@@ -51,7 +52,6 @@ def coverage(real_ND: Array, generated_MD: Array, neighbours: int = 5) -> float:
     """
     if not 0 < neighbours < len(real_ND):
         raise ValueError(f"neighbours must be from 1 to {len(real_ND) - 1}, not {neighbours}")
-    own = np.linalg.norm(real_ND[:, None] - real_ND[None], axis=2)
-    radius = np.sort(own, axis=1)[:, neighbours]  # column 0 is the image itself
-    theirs = np.linalg.norm(real_ND[:, None] - generated_MD[None], axis=2).min(1)
+    radius = np.sort(cdist(real_ND, real_ND), axis=1)[:, neighbours]  # column 0 is the image itself
+    theirs = cdist(real_ND, generated_MD).min(1)
     return float((theirs <= radius).mean())

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparring.diffusion.spin.rows import Encoded, Picture, Sample
+from sparring.diffusion.spin.rows import Encoded, Picture, Sample, told_size
 from sparring.diffusion.spin.stages import EncodeImagesStage
 from sparring.launch import artifacts, shards
 from sparring.launch.collective import device
@@ -56,18 +56,23 @@ def paired(inputs: Mapping[str, Path]) -> tuple[list[Pair], int]:
 def run(
     config: EncodeImagesStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
-    """Encode this rank's shards; rank 0 encodes the captions too."""
+    """Encode this rank's shards; rank 0 encodes the captions too.
+
+    Raises:
+        SparringError: an autoencoder of neither grey nor colour, features of captions that are not
+            finite, and what `paired` raises.
+    """
     import torch
 
     from sparring.diffusion.spin import pipelines
     from sparring.diffusion.spin.pictures import from_png, pixels
 
     pairs, _ = paired(inputs)
-    pipeline = pipelines.load(inputs["model"], dtype=config.dtype)
+    pipeline = pipelines.load(inputs["model"], dtype=config.dtype, network=False)
     pipeline.to(device())
+    channels = pipelines.image_channels(pipeline.vae)
     if context.world.rank == 0:
         _captions(pipeline, sorted({row.caption for row, _ in pairs}), config.batch, context)
-    channels = int(pipeline.vae.config.in_channels)
 
     def latents(images: Sequence[tuple[str, bytes]]) -> list[Any]:
         found: list[Any] = []
@@ -85,7 +90,7 @@ def run(
         rows = []
         for (row, _), winner, loser in zip(chunk, winners, losers, strict=True):
             side = from_png(row.png, row.image_id)
-            size = (row.height, row.width, row.top, row.left, side.height, side.width)
+            size = told_size(row, side.height, side.width)
             data = b"" if loser is None else _bytes(loser)
             rows.append(Encoded(row.image_id, row.caption, _bytes(winner), data, size))
         return rows
@@ -103,22 +108,25 @@ def _bytes(latents: Any) -> bytes:
 
 
 def _captions(pipeline: Any, captions: Sequence[str], batch: int, context: Context) -> None:
-    """Conditions of the empty caption and all others, in the order of captions.json."""
+    """Conditions of no caption and of all others, in the order of captions.json."""
     import torch
     from safetensors.torch import save_file
 
-    from sparring.diffusion.spin import pipelines
+    from sparring.diffusion.spin.layouts import encode_captions
 
     listed = ["", *captions]
-    limit = pipelines.longest_caption(pipeline)
+    found = encode_captions(pipeline, captions, batch)
+    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in found.values()]).all(0)
+    if not finite.all():
+        bad = [caption for caption, good in zip(listed, finite.tolist(), strict=True) if not good]
+        raise SparringError(
+            f"the features of {len(bad)} captions are not finite, the first {bad[0]!r}; encode in "
+            'float32 (generate.dtype = "float32")'
+        )
+    limit = min(int(pipeline.tokenizer.model_max_length), found["caption"].shape[1])
     cut = sum(len(ids) > limit for ids in pipeline.tokenizer(listed)["input_ids"])
     if cut:
         context.emit(note=f"{cut} captions are longer than the {limit} tokens the model reads")
-    parts = [
-        pipelines.encode_captions(pipeline, listed[start : start + batch])
-        for start in range(0, len(listed), batch)
-    ]
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     save_file(found, context.work / "captions.safetensors")
     artifacts.write_json(context.work / "captions.json", {"captions": listed, "cut": cut})
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sparring.diffusion.spin.config import ImageEvaluateConfig
 from sparring.diffusion.spin.distances import Features, coverage, frechet_distance
-from sparring.diffusion.spin.pictures import from_png, pixels
+from sparring.diffusion.spin.pictures import Opened, from_png, thumbnails
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.diffusion.spin.scorers import Classifier, Scorer, build_scorer
 from sparring.launch.errors import SparringError
@@ -18,6 +18,8 @@ from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures
 from sparring.launch.statistics import bootstrap_mean
+
+_FITTED = 1000  # training images from which the axes of distances are found
 
 
 def run(
@@ -29,7 +31,7 @@ def run(
         SparringError: samples for other captions than the others', and what scorers raise.
     """
     real = read_rows(inputs["images"] / "train.parquet", Picture)
-    pairs = [(from_png(row.png, row.image_id), row.caption) for row in real]
+    pairs = Opened(real, lambda row: (_image(row), row.caption))
     heldout = read_rows(inputs["images"] / "heldout.parquet", Picture)
     names = [name for name in ("current", "base", "previous") if name in inputs]
     samples = {name: _samples(inputs[name]) for name in names}
@@ -40,17 +42,19 @@ def run(
                 f"{inputs[name]} and {inputs['current']} have images for other captions; make both "
                 "for the same part of the same images"
             )
-    opened = {
-        name: [from_png(row.png, row.image_id) for row in rows] for name, rows in samples.items()
-    }
+    opened = {name: Opened(rows, _image) for name, rows in samples.items()}
     captions = [row.caption for row in samples["current"]]
     groups = [row.image_id for row in samples["current"]]
     measure = _Measure(groups, derive(context.seed, "bootstrap"), config.level)
     figures: Figures = {"images": len(captions), "captions": len(set(captions))}
     for scorer in (build_scorer(name, pairs) for name in config.scorers):
         figures |= _scores(scorer, opened, captions, measure)
-    figures |= _distances(opened["current"], [row for row, _ in pairs], heldout)
-    return figures
+    step = -(-len(real) // _FITTED)
+    return figures | _distances(opened["current"], real[::step], heldout)
+
+
+def _image(row: Picture | Sample) -> Image.Image:
+    return from_png(row.png, row.image_id)
 
 
 def _samples(folder: Path) -> list[Sample]:
@@ -71,7 +75,7 @@ class _Measure:
 
 def _scores(
     scorer: Scorer,
-    opened: Mapping[str, Sequence[Any]],
+    opened: Mapping[str, Sequence[Image.Image]],
     captions: Sequence[str],
     measure: _Measure,
 ) -> Figures:
@@ -96,18 +100,16 @@ def _scores(
     return figures
 
 
-def _distances(images: Sequence[Any], train: Sequence[Any], heldout: Sequence[Picture]) -> Figures:
+def _distances(
+    images: Sequence[Image.Image], train: Sequence[Picture], heldout: Sequence[Picture]
+) -> Figures:
     """Against the held-out real images, on axes found from the training images.
 
     Without intervals: a bootstrap draws images twice, and both figures see that as less variety.
     """
-
-    def flat(some: Sequence[Any]) -> Any:
-        return pixels(some, 3).reshape(len(some), -1)
-
-    features = Features(flat(train))
-    real = features(flat([from_png(row.png, row.image_id) for row in heldout]))
-    made = features(flat(images))
+    features = Features(thumbnails(map(_image, train)))
+    real = features(thumbnails(map(_image, heldout)))
+    made = features(thumbnails(images))
     figures: Figures = {}
     if min(len(real), len(made)) > 2:
         figures["frechet"] = frechet_distance(real, made)

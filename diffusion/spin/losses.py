@@ -94,15 +94,6 @@ def trajectory_loss(margin_BT: Tensor, scale_T: Tensor, *, link: str = "logistic
     return _link(link, 0.0)((margin_BT * scale_T).sum(1))
 
 
-def mean_error_factor(alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> Tensor:
-    """|mu~ - mu_theta|^2 / |eps - eps_theta|^2 of DDPM's step from t to s < t.
-
-    (1 - a)^2 / (a (1 - alpha_bar_t)) with a = alpha_bar_t / alpha_bar_s (arXiv 2006.11239, eq. 12).
-    """
-    a = alpha_bar_t / alpha_bar_s
-    return (1 - a).square() / (a * (1 - alpha_bar_t))
-
-
 def guard(winner_residual: Tensor, loser_residual: Tensor) -> Tensor:
     """(B,) factor in (0, 1] on the loser's gradient, so that the winner's error does not grow.
 

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sparring.diffusion.spin.rows import Picture
 from sparring.launch.errors import SparringError
 
 Crop = Literal["center", "pad"]
+Row = TypeVar("Row")
+Seen = TypeVar("Seen")
+
+
+class Opened(Sequence[Seen], Generic[Row, Seen]):
+    """What rows hold, opened as it is asked for, so that only PNG bytes stay in memory.
+
+    Args:
+        rows: with an image each.
+        see: opens one.
+    """
+
+    def __init__(self, rows: Sequence[Row], see: Callable[[Row], Seen]) -> None:
+        self._rows, self._see = rows, see
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Seen: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Seen]: ...
+    def __getitem__(self, place: int | slice) -> Seen | Sequence[Seen]:
+        if isinstance(place, slice):
+            return Opened(self._rows[place], self._see)
+        return self._see(self._rows[place])
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -32,7 +58,7 @@ def from_png(data: bytes, where: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SparringError(f"{where} is not a readable image: {error}") from None
     return image
 
@@ -44,10 +70,15 @@ def fitted(
 
     Args:
         size: pixels of a side.
-        channels: 1 for grey, 3 for colour; transparency is put on white.
+        channels: 1 for grey, 3 for colour; transparency is put on white, and grey of 16 bits is
+            scaled to 8.
         crop: "center" scales the shorter side to `size` and cuts the longer one; "pad" puts a
             smaller image on a background of its corner's colour.
     """
+    if image.mode.startswith("I"):  # Pillow would clip it: nearly all of it is white then
+        image = Image.fromarray(
+            (np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8)
+        )
     if image.mode in ("RGBA", "LA", "P"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -85,6 +116,21 @@ def pixels(images: Iterable[Image.Image], channels: int) -> NDArray[np.float32]:
         raise SparringError(f"images must have one size, not {sorted(shapes)}")
     stacked = np.stack(arrays)
     return (stacked[:, None] if channels == 1 else stacked.transpose(0, 3, 1, 2)) / 127.5 - 1
+
+
+def thumbnails(images: Iterable[Image.Image], side: int = 32) -> NDArray[np.float32]:
+    """(B, 3 H W) in [-1, 1] of images that are shrunk until no side is longer than `side`.
+
+    For figures of how pictures look as a whole, whose cost must not grow with their size.
+    """
+
+    def small(image: Image.Image) -> Image.Image:
+        scale = min(1.0, side / max(image.size))
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        return image.convert("RGB").resize((width, height), Image.Resampling.BOX)
+
+    shrunk = pixels((small(image) for image in images), 3)
+    return shrunk.reshape(len(shrunk), -1)
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 2) -> Image.Image:

@@ -22,7 +22,8 @@ from sparring.launch.stages import Stage, Step
 
 ALGORITHMS = {
     "spin-diffusion": "self-play against the iterate before (arXiv 2402.10210)",
-    "frozen-reference": "the same losers, but the opponent's network stays the start, as in DPO",
+    "one-iteration": "the first iteration of it kept going, with its losers and its opponent",
+    "frozen-reference": "new losers each iteration, the opponent's network stays the start (DPO)",
     "sft-diffusion": "the real images alone, SPIN-Diffusion's baseline",
 }
 
@@ -92,16 +93,16 @@ def build_steps(recipe: ImageRecipe) -> list[Step]:
     samples: dict[int, str] = {}
     chain.heldout(0, model, samples)
     sft = recipe.algorithm == "sft-diffusion"
-    frozen = recipe.algorithm == "frozen-reference"
+    keeps_losers = recipe.algorithm in ("sft-diffusion", "one-iteration")
+    keeps_opponent = recipe.algorithm in ("frozen-reference", "one-iteration")
+    encoded = (real or chain.encode("start", model, None)) if sft else None
     for t in range(recipe.iterations):
         folder = f"iter{t}"
-        if sft:
-            encoded = real = real or chain.encode("start", model, None)
-        else:
+        if encoded is None or not keeps_losers:
             generated = chain.generate(folder, model, "train", 1, folder)
             encoded = chain.encode(folder, model, generated)
         settings = vars(resolved(recipe.train, t)) | {"loss": "sft" if sft else "spin"}
-        opponent = start if frozen and t else None
+        opponent = start if keeps_opponent and t else None
         model = chain.add(
             folder, TRAIN_IMAGES, settings, model=model, encoded=encoded, opponent=opponent
         )

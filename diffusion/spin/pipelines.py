@@ -1,6 +1,6 @@
-"""Text-to-image pipelines of diffusers: loading, captions as conditions, the network, saving.
+"""Text-to-image pipelines of diffusers: loading, checking, the network, latents, saving.
 
-Shapes: B images, C channels, H and W of latents, L tokens of a caption, D their features.
+Shapes: B images, C channels, H and W of latents.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparring.diffusion.spin.layouts import Layout, layout_of
+from sparring.diffusion.spin.process import Process
 from sparring.launch import artifacts
 from sparring.launch.errors import SparringError
-
-Conditions = dict[str, Tensor]
-"""`caption` (B, L, D); SDXL and Stable Diffusion 3 also `pooled` (B, P); SDXL `size` (B, 6)."""
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -27,44 +28,54 @@ SCHEDULERS = {
     "dpm": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
-DENOISERS = ("unet", "transformer")
 
 
 def load(
-    path: Path | str, *, dtype: str = "float32", scheduler: str = "own", **options: Any
+    path: Path | str,
+    *,
+    dtype: str = "float32",
+    scheduler: str = "own",
+    network: bool = True,
+    revision: str | None = None,
 ) -> Any:
     """A pipeline without progress bars or safety checker.
 
     Args:
         path: folder, or hub id.
         dtype: of the weights.
-        scheduler: a name from `SCHEDULERS`, or "own". A flow model's own is kept, since the others
-            are of another process.
-        options: for diffusers' `from_pretrained`: revision, or components to leave out (None).
+        scheduler: a name from `SCHEDULERS`, or "own".
+        network: False leaves the trained network out; the path must be a folder then.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        SparringError: nothing that diffusers can load, or no text-to-image pipeline.
+        SparringError: nothing that diffusers can load, a kind of pipeline that is not in `LAYOUTS`,
+            or a scheduler that cannot sample with this model.
     """
     # They warn of a missing torchvision, and of every component that another class could hold.
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     import diffusers
 
-    options = _left_out(Path(path)) | options
+    left_out = _left_out(Path(path))
+    trained = "" if network else layout_of(Path(path)).denoiser
+    if trained:
+        left_out[trained] = None
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), **options
+            str(path), dtype=getattr(torch, dtype), revision=revision, **left_out
         )
     except Exception as error:  # diffusers passes on what any component raises
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SparringError(f"{path} is no pipeline that diffusers can load: {first}") from error
+    layout_of(pipeline)
+    if trained:  # Stable Diffusion 3 without its T5 still asks the network's settings for a width
+        settings = json.loads((Path(path) / trained / "config.json").read_text())
+        setattr(pipeline, trained, SimpleNamespace(config=SimpleNamespace(**settings)))
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it blackens images, which would then be trained on
-    denoiser_name(pipeline)
-    if scheduler != "own" and not is_flow(pipeline):
-        kind = getattr(diffusers, SCHEDULERS[scheduler])
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    if scheduler != "own":
+        pipeline.scheduler = _other_scheduler(pipeline.scheduler, scheduler)
     return pipeline
 
 
@@ -78,46 +89,73 @@ def _left_out(folder: Path) -> dict[str, Any]:
     }
 
 
-def denoiser_name(pipeline: Any) -> str:
-    """Name of the component that is trained: "unet" or "transformer"."""
-    for name in DENOISERS:
-        if getattr(pipeline, name, None) is not None and hasattr(pipeline, "encode_prompt"):
-            return name
-    raise SparringError(
-        f"{type(pipeline).__name__} has no {' or '.join(DENOISERS)} that captions steer; "
-        "text-to-image pipelines like Stable Diffusion, SDXL and Stable Diffusion 3 do"
-    )
+def _other_scheduler(own: Any, name: str) -> Any:
+    import diffusers
+
+    if Process.of(own).target == "flow":
+        raise SparringError(
+            f"generate.scheduler = {name!r} is of another process than this model's, a flow; "
+            'generate.scheduler = "own" takes the model\'s'
+        )
+    # DDIM and DDPM clip x_0 to [-1, 1] unless told not to, and latents are larger than that.
+    quiet = {"clip_sample": False, "thresholding": False}
+    return getattr(diffusers, SCHEDULERS[name]).from_config({**quiet, **own.config})
 
 
-def is_flow(pipeline: Any) -> bool:
-    """Whether the process is x_t = (1 - t) x_0 + t eps (Stable Diffusion 3 and its kin)."""
-    return "FlowMatch" in type(pipeline.scheduler).__name__
+def check(pipeline: Any) -> None:
+    """Refuse a pipeline that could not be trained, before hours are spent on its images.
+
+    Raises:
+        SparringError: the scheduler's process is not known, the autoencoder takes neither grey nor
+            colour, or the network takes other latents than it makes (an inpainting model).
+    """
+    Process.of(pipeline.scheduler)
+    image_channels(pipeline.vae)
+    network = getattr(pipeline, layout_of(pipeline).denoiser)
+    taken, made = int(network.config.in_channels), int(pipeline.vae.config.latent_channels)
+    if taken != made:
+        raise SparringError(
+            f"the network takes {taken} channels and the autoencoder makes {made}; only plain "
+            "text-to-image models can be trained, not inpainting or depth models"
+        )
 
 
-@torch.no_grad()
-def encode_captions(pipeline: Any, captions: Sequence[str]) -> Conditions:
-    """Conditions of captions from the pipeline's own text encoders, float32 on the CPU."""
-    options: dict[str, Any] = {"device": pipeline.text_encoder.device, "num_images_per_prompt": 1}
-    if denoiser_name(pipeline) == "transformer":
-        options |= {"prompt_2": None, "prompt_3": None}
-    found = pipeline.encode_prompt(
-        prompt=list(captions), do_classifier_free_guidance=False, **options
-    )
-    conditions = {"caption": found[0].float().cpu()}
-    if len(found) == 4:  # caption, its negative, pooled, its negative
-        conditions["pooled"] = found[2].float().cpu()
-    return conditions
+def image_channels(vae: Any) -> int:
+    """Channels of an autoencoder's images.
+
+    Raises:
+        SparringError: neither 1 nor 3.
+    """
+    channels = int(vae.config.in_channels)
+    if channels not in (1, 3):
+        raise SparringError(f"the autoencoder takes images of {channels} channels, not 1 or 3")
+    return channels
 
 
-def needs_size(pipeline: Any) -> bool:
-    """Whether the network is told the image's size and crop (SDXL's time ids)."""
-    network = getattr(pipeline, denoiser_name(pipeline))
-    return getattr(network.config, "addition_embed_type", None) == "text_time"
+@contextmanager
+def told_sizes(pipeline: Any, sizes: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    """Sampling in which SDXL's network is told each image's own size and crop.
 
+    The pipeline's call takes one size for all images of a batch.
 
-def longest_caption(pipeline: Any) -> int:
-    """Tokens that the first text encoder reads, its own two included."""
-    return int(pipeline.tokenizer.model_max_length)
+    Args:
+        sizes: an image each, see `Encoded.size`.
+    """
+
+    def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        also = named.get("added_cond_kwargs") or {}
+        if "time_ids" in also:
+            ids = torch.tensor(sizes).to(also["time_ids"])
+            passes = len(also["time_ids"]) // len(ids)  # two with guidance
+            named = {**named, "added_cond_kwargs": {**also, "time_ids": ids.repeat(passes, 1)}}
+        return args, named
+
+    network = getattr(pipeline, layout_of(pipeline).denoiser)
+    hook = network.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -136,12 +174,15 @@ class Denoiser(nn.Module):
     Wrapping makes a step one forward call, which is what DeepSpeed hooks.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, layout: Layout) -> None:
         super().__init__()
         self.model = network
-        self._is_unet = hasattr(network.config, "cross_attention_dim") and hasattr(
-            network, "conv_in"
-        )
+        self._call = layout.call
+
+    @staticmethod
+    def load(path: Path) -> Denoiser:
+        """The network of a pipeline's folder alone, in float32."""
+        return Denoiser(_network(path), layout_of(path))
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """The prediction, (B, C, H, W).
@@ -151,35 +192,21 @@ class Denoiser(nn.Module):
             t_B: time steps in the network's units (0 to 999, or 1000 sigma of a flow).
             conditions: see `Conditions`.
         """
-        caption = conditions["caption"]
-        if not self._is_unet:
-            return self.model(  # type: ignore[no-any-return]
-                hidden_states=x_BCHW,
-                timestep=t_B,
-                encoder_hidden_states=caption,
-                pooled_projections=conditions["pooled"],
-            ).sample
-        extra: dict[str, Any] = {}
-        if "pooled" in conditions:
-            also = {"text_embeds": conditions["pooled"], "time_ids": conditions["size"]}
-            extra["added_cond_kwargs"] = also
-        return self.model(x_BCHW, t_B, encoder_hidden_states=caption, **extra).sample  # type: ignore[no-any-return]
+        return self._call(self.model, x_BCHW, t_B, conditions)
 
 
-def load_network(path: Path) -> Any:
-    """The network of a pipeline's folder alone, in float32."""
+def _network(path: Path) -> Any:
     from diffusers.models import AutoModel
 
-    for name in DENOISERS:
-        if (path / name / "config.json").is_file():
-            return AutoModel.from_pretrained(str(path), subfolder=name, dtype=torch.float32)
-    raise SparringError(f"{path} has no {' or '.join(DENOISERS)} folder")
+    return AutoModel.from_pretrained(
+        str(path), subfolder=layout_of(path).denoiser, dtype=torch.float32
+    )
 
 
 def save_with_network(state: Mapping[str, Tensor], like: Path, output: Path) -> None:
     """Write a pipeline's folder that is `like` with other weights of the network."""
-    name = next(name for name in DENOISERS if (like / name).is_dir())
-    network = load_network(like)
+    name = layout_of(like).denoiser
+    network = _network(like)
     network.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     network.save_pretrained(output / name)
     for path in like.iterdir():

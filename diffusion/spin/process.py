@@ -30,27 +30,30 @@ class Process:
     """(T,) for epsilon and v."""
 
     @staticmethod
-    def of(scheduler: Any, target: str = "auto") -> Process:
+    def of(scheduler: Any) -> Process:
         """The process of a scheduler.
 
         Raises:
-            SparringError: a type of prediction that is not one of the three.
+            SparringError: a type of prediction that is not one of the three, or a scheduler of
+                another process (EDM's, whose times are noise levels).
         """
-        if "FlowMatch" in type(scheduler).__name__:
-            kind: Target = "flow"
-        else:
-            named = str(scheduler.config.prediction_type)
-            if named not in _NAMES:
-                raise SparringError(
-                    f"the scheduler's prediction_type is {named!r}; known are {', '.join(_NAMES)}"
-                )
-            kind = _NAMES[named]
-        if target not in ("auto", kind):
+        kind = type(scheduler).__name__
+        if "FlowMatch" in kind:
+            return Process("flow", None)
+        named = str(scheduler.config.get("prediction_type"))
+        if named not in _NAMES:
             raise SparringError(
-                f"train.target = {target!r}, but this pipeline's scheduler says {kind!r}; leave it "
-                'at "auto", or correct scheduler/scheduler_config.json'
+                f"the scheduler's prediction_type is {named!r}; known are {', '.join(_NAMES)}"
             )
-        return Process(kind, None if kind == "flow" else scheduler.alphas_cumprod.clone())
+        if _NAMES[named] == "flow":
+            return Process("flow", None)
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if alphas is None:
+            raise SparringError(
+                f"the scheduler {kind} has no alphas_cumprod, so its noise is not known at a time "
+                "step; DDIM, DDPM, PNDM, Euler and DPM-Solver have it, and flows need none"
+            )
+        return Process(_NAMES[named], alphas.clone())
 
     def times(self, u_B: Tensor) -> Tensor:
         """(B,) time steps from uniform numbers in [0, 1): 0..T-1, or 1000 s for a flow."""
@@ -69,6 +72,31 @@ class Process:
         if self.target == "epsilon":
             return x, noise_BCHW
         return x, a.sqrt() * noise_BCHW - (1 - a).sqrt() * x0_BCHW
+
+
+def retargeted(scheduler: Any, target: Target) -> Any:
+    """A scheduler that samples with a network of another target.
+
+    Raises:
+        SparringError: a flow's scheduler, which has no noise schedule, for epsilon or v.
+    """
+    present = Process.of(scheduler).target
+    if present == target:
+        return scheduler
+    if target == "flow":
+        from diffusers import DPMSolverMultistepScheduler
+
+        # Unlike FlowMatchEuler it fits pipelines that were written for epsilon.
+        return DPMSolverMultistepScheduler.from_config(
+            scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True
+        )
+    if present == "flow":
+        raise SparringError(
+            f"model.target = {target!r}, but {type(scheduler).__name__} is a flow's scheduler "
+            "without a noise schedule; put another one into the pipeline's scheduler folder"
+        )
+    named = next(name for name, kind in _NAMES.items() if kind == target)
+    return type(scheduler).from_config(scheduler.config, prediction_type=named)
 
 
 def seeded(shape: tuple[int, ...], seeds: list[int]) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparring.diffusion.spin.config import ImageRecipe
+from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.launch import artifacts
 from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
@@ -54,30 +55,43 @@ def summary(recipe: ImageRecipe, run: Path) -> dict[str, Any]:
     return {"evaluations": figures, "table": "\n".join(text)}
 
 
-def _grid(recipe: ImageRecipe, run: Path) -> Section | None:
-    """The first held-out captions, the same noise in a column, an iterate a row."""
-    from sparring.diffusion.spin.pictures import from_png, grid, to_png
-    from sparring.diffusion.spin.rows import Picture, Sample
+def samples_of(run: Path, t: int) -> list[Sample]:
+    """Images for held-out captions after t iterations."""
+    return read_rows(run / f"heldout{t}" / "generate-images" / "samples.parquet", Sample)
 
-    iterates = [t for t, _ in evaluations(recipe, run)]
-    if not iterates:
-        return None
+
+def grid_png(run: Path, iterates: Sequence[tuple[Path, int]]) -> tuple[bytes, list[str]]:
+    """A picture with one caption and noise a column: the real images, then a row an iterate.
+
+    Args:
+        run: whose held-out pictures are shown; every so-many-th, not chosen by hand.
+        iterates: run and number of iterations, of runs with one seed.
+
+    Returns:
+        PNG bytes, and the columns' captions.
+    """
+    from sparring.diffusion.spin.pictures import from_png, grid, to_png
+
     pictures = read_rows(run / "images" / "heldout.parquet", Picture)
-    step = max(1, len(pictures) // _COLUMNS)
-    chosen = pictures[::step][:_COLUMNS]
+    chosen = pictures[:: max(1, len(pictures) // _COLUMNS)][:_COLUMNS]
     rows = [[from_png(row.png, row.image_id) for row in chosen]]
-    for t in iterates:
-        path = run / f"heldout{t}" / "generate-images" / "samples.parquet"
-        found = {row.image_id: row for row in read_rows(path, Sample) if row.k == 0}
+    for folder, t in iterates:
+        found = {row.image_id: row for row in samples_of(folder, t) if row.k == 0}
         rows.append([from_png(found[row.image_id].png, row.image_id) for row in chosen])
     scale = max(1, 48 // rows[0][0].height)
+    return to_png(grid(rows, scale)), [row.caption for row in chosen]
+
+
+def _grid(recipe: ImageRecipe, run: Path) -> Section | None:
+    iterates = [(run, t) for t, _ in evaluations(recipe, run)]
+    if not iterates:
+        return None
+    picture, captions = grid_png(run, iterates)
     caption = "rows: real, start, and after each iteration; columns share caption and noise"
     return Section(
         "Images",
-        note="Every so-many-th held-out caption; not chosen by hand. "
-        + "; ".join(row.caption for row in chosen)
-        + ".",
-        charts=[png(to_png(grid(rows, scale)), caption=caption)],
+        note="Every so-many-th held-out caption; not chosen by hand. " + "; ".join(captions) + ".",
+        charts=[png(picture, caption=caption)],
     )
 
 

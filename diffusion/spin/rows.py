@@ -21,6 +21,18 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Caption:
+    """A picture without its pixels, read from the same file."""
+
+    image_id: str
+    caption: str
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
     """An image that an iterate made for a picture's caption."""
 
@@ -42,4 +54,9 @@ class Encoded:
     loser: bytes
     """The same; empty where there is no opponent's image."""
     size: tuple[int, ...]
-    """SDXL's: original height and width, top and left of the crop, height and width."""
+    """SDXL's, see `told_size`."""
+
+
+def told_size(row: Picture | Caption, height: int, width: int) -> tuple[int, ...]:
+    """SDXL's: original height and width, top and left of the crop, height and width in pixels."""
+    return row.height, row.width, row.top, row.left, height, width

@@ -2,7 +2,7 @@
 
 A scorer is any object with ``name`` and ``score(images, prompts) -> list of floats``, higher is
 better. One of your own is ``module:function``, called as ``function(real)`` with the real training
-images as (image, caption) pairs.
+images as a sequence of (image, caption), each opened as it is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL.Image import Image
 
-from sparring.diffusion.spin.pictures import pixels
+from sparring.diffusion.spin.config import SCORERS
+from sparring.diffusion.spin.pictures import thumbnails
 from sparring.launch.errors import SparringError
 from sparring.launch.stages import load
 
@@ -31,7 +32,7 @@ class Scorer(Protocol):
 
 
 class Classifier:
-    """log p(caption | image) by logistic regression on the real images' pixels.
+    """log p(caption | image) by logistic regression on the real images' thumbnails.
 
     For sets with few captions, of which each has several images. It never sees a generated image.
     """
@@ -51,22 +52,30 @@ class Classifier:
                 "evaluate.scorers"
             )
         self._model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-        self._model.fit(_flat([image for image, _ in real]), captions)
+        self._model.fit(thumbnails(image for image, _ in real), captions)
         self._place = {name: n for n, name in enumerate(self._model.classes_)}
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """Natural logarithms of probabilities, at least -20."""
-        chances = self._model.predict_proba(_flat(images))
+        """Natural logarithms of probabilities, at least -20.
+
+        Raises:
+            SparringError: a prompt that no training image has.
+        """
+        unknown = next((prompt for prompt in prompts if prompt not in self._place), None)
+        if unknown is not None:
+            raise SparringError(
+                f"the classifier knows the {len(self._place)} captions of the training images, and "
+                f"{unknown!r} is none of them; name another scorer in evaluate.scorers, or hold "
+                'out images of the same captions (images.heldout_by = "image", a larger train)'
+            )
+        chances = self._model.predict_proba(thumbnails(images))
         own = [chances[n, self._place[prompt]] for n, prompt in enumerate(prompts)]
         return np.log(np.maximum(own, np.exp(-20))).tolist()  # type: ignore[no-any-return]
 
     def right(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """1 where the caption is the likeliest."""
-        return (self._model.predict(_flat(images)) == np.array(prompts)).astype(float).tolist()  # type: ignore[no-any-return]
-
-
-def _flat(images: Sequence[Image]) -> Any:
-    return pixels(images, 3).reshape(len(images), -1)
+        right = self._model.predict(thumbnails(images)) == np.array(prompts)
+        return right.astype(float).tolist()  # type: ignore[no-any-return]
 
 
 class Clip:
@@ -117,13 +126,17 @@ class Aesthetic:
     name = "aesthetic"
 
     def __init__(self, path: str) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         clip, _, head = path.partition("|")
         self._clip = Clip("aesthetic", clip)
-        if not Path(head).is_file():
-            raise _not_loaded(self.name, head or path, OSError("no such file"))
-        self._head = load_file(head)
+        try:
+            tensors = load_file(head)
+            self._weight, self._bias = tensors["weight"][0], tensors["bias"][0]
+        except (OSError, KeyError, SafetensorError) as error:
+            reason = f"a safetensors file with weight and bias is needed: {error}"
+            raise _not_loaded(self.name, head or path, reason) from None
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """About 1 to 10; prompts play no part."""
@@ -136,11 +149,11 @@ class Aesthetic:
                 features = self._clip._model.get_image_features(**given)
             pooled = getattr(features, "pooler_output", features)
             unit = pooled / pooled.norm(dim=-1, keepdim=True)
-            found.append(float(unit[0] @ self._head["weight"][0] + self._head["bias"][0]))
+            found.append(float(unit[0].cpu() @ self._weight + self._bias))
         return found
 
 
-def _not_loaded(name: str, path: str, error: Exception) -> SparringError:
+def _not_loaded(name: str, path: str, error: object) -> SparringError:
     return SparringError(
         f"scorer {name!r} cannot be loaded from {path!r} ({str(error).splitlines()[0]}); give a "
         f'folder or hub id after a colon, as in "{name}:/path", or leave it out'
@@ -191,7 +204,8 @@ def build_scorer(name: str, real: Real) -> Scorer:
     if kind in ("hpsv2", "imagereward"):
         return _preference_model(kind, path)
     if not path:
-        known = ", ".join(["classifier", *_DEFAULTS])
-        raise SparringError(f"scorer {name!r} is none of {known}, and no module:function")
+        raise SparringError(
+            f"scorer {name!r} is none of {', '.join(SCORERS)}, and no module:function"
+        )
     make: Callable[[Real], Scorer] = load(name)
     return make(real)

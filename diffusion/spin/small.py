@@ -6,13 +6,18 @@ Diffusion's own classes, which diffusers loads like any other pipeline.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 _LENGTH = 12  # tokens of a caption
+_VOCABULARY = 4096  # tokens at most
+_END = "</w>"  # of a word
+_WORDS = re.compile(r"[^\W\d_]+|\d|_|[^\w\s]+")  # as CLIP's tokenizer splits
 _SCALE = 0.3  # of latents: the decoder's tanh(z/3)*3 is a straight line there, to 1/300
 
 
@@ -51,20 +56,39 @@ def passthrough_vae(channels: int) -> Any:
 
 
 def tokenizer(captions: Iterable[str]) -> Any:
-    """A CLIP tokenizer whose vocabulary holds the captions' words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A CLIP tokenizer whose vocabulary holds the captions' words; the same for the same words."""
     from transformers import CLIPTokenizer
 
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(list(captions), trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) for merge in learnt["merges"]]
-    return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=_LENGTH)
+    words = Counter(word for caption in captions for word in _WORDS.findall(caption.lower()))
+    letters = sorted({letter for word in words for letter in word})
+    known = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + _END for letter in letters)]
+    merges = _merges(words, _VOCABULARY - len(known))
+    tokens = dict.fromkeys([*known, *map("".join, merges)])
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_LENGTH)
+
+
+def _merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
+    """Byte-pair merges, the most frequent first, and by the alphabet where several are.
+
+    The trainer of the tokenizers library takes equals in an order that changes from call to call.
+    """
+    split = {word: [*word[:-1], word[-1] + _END] for word in words}
+    found: list[tuple[str, str]] = []
+    while len(found) < most:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        found.append(best)
+        for parts in split.values():
+            for n in range(len(parts) - 1, 0, -1):
+                if n < len(parts) and (parts[n - 1], parts[n]) == best:
+                    parts[n - 1 : n + 1] = ["".join(best)]
+    return found
 
 
 def _tell_words_apart(text_encoder: Any) -> None:

@@ -1,12 +1,13 @@
-"""Where images with captions come from. A source is a function to (id, caption, image) in order."""
+"""Where images with captions come from: in the source's own order, opened only when asked for."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,9 +16,18 @@ from sparring.diffusion.spin.config import ImagesConfig
 from sparring.diffusion.spin.pictures import from_png
 from sparring.launch.errors import SparringError
 
-Found = tuple[str, str, Image.Image]
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # by the datasets library: one split, several
+
+
+class Found(NamedTuple):
+    """An image with its caption."""
+
+    image_id: str
+    caption: str
+    open: Callable[[], Image.Image]
+    """Reads the image; a broken one raises SparringError."""
 
 
 def digits(config: ImagesConfig) -> Iterator[Found]:
@@ -26,8 +36,9 @@ def digits(config: ImagesConfig) -> Iterator[Found]:
 
     data = load_digits()
     for n, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
-        grey = Image.fromarray(np.round(image * 255 / 16).astype(np.uint8), mode=None)
-        yield f"digit-{n:04d}", f"a photo of the digit {_DIGITS[int(label)]}", grey
+        grey = np.round(image * 255 / 16).astype(np.uint8)
+        caption = f"a photo of the digit {_DIGITS[int(label)]}"
+        yield Found(f"digit-{n:04d}", caption, partial(Image.fromarray, grey))
 
 
 def icons(config: ImagesConfig) -> Iterator[Found]:
@@ -43,7 +54,8 @@ def icons(config: ImagesConfig) -> Iterator[Found]:
     places: Mapping[str, list[int]] = json.loads((folder / "fugue-icons.json").read_text())
     for name, (x, y) in sorted(places.items()):
         words = " ".join(name.replace("--", " with ").replace("-", " ").split())
-        yield f"icon-{name}", f"an icon of {words}", sheet.crop((x, y, x + 16, y + 16))
+        icon = partial(sheet.crop, (x, y, x + 16, y + 16))
+        yield Found(f"icon-{name}", f"an icon of {words}", icon)
 
 
 def folder(config: ImagesConfig) -> Iterator[Found]:
@@ -52,14 +64,12 @@ def folder(config: ImagesConfig) -> Iterator[Found]:
     root = Path(config.source)
     table = root / "metadata.jsonl"
     if table.is_file():
-        lines = table.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        for row in rows:
-            for column in ("file_name", config.caption_column):
-                if column not in row:
-                    raise SparringError(f"{table} has no {column!r}; it has {', '.join(row)}")
-            path = root / row["file_name"]
-            yield path.stem, str(row[config.caption_column]), _opened(path)
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                row = _parsed(line, f"{table}, line {number}")
+                _check_columns(row, ["file_name", config.caption_column], table)
+                path = root / row["file_name"]
+                yield Found(path.stem, _text(row[config.caption_column]), partial(_opened, path))
         return
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES):
         caption = path.with_suffix(".txt")
@@ -68,7 +78,29 @@ def folder(config: ImagesConfig) -> Iterator[Found]:
                 f"{path} has no caption: write one into {caption.name} beside it, or all of them "
                 f"into {table.name}"
             )
-        yield path.stem, caption.read_text(encoding="utf-8").strip(), _opened(path)
+        text = caption.read_text(encoding="utf-8").strip()
+        yield Found(path.stem, text, partial(_opened, path))
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SparringError(f"{where} is no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise SparringError(f"{where} must be an object with file_name and a caption")
+    return row
+
+
+def _text(caption: Any) -> str:
+    """A caption; one that is missing is empty, and left out later."""
+    return "" if caption is None else str(caption)
+
+
+def _check_columns(given: Any, wanted: list[str], where: object) -> None:
+    for column in wanted:
+        if column not in given:
+            raise SparringError(f"{where} has no column {column!r}; it has {', '.join(given)}")
 
 
 def _opened(path: Path) -> Image.Image:
@@ -77,63 +109,101 @@ def _opened(path: Path) -> Image.Image:
     return from_png(path.read_bytes(), str(path))
 
 
-def hub(config: ImagesConfig) -> Iterator[Found]:
-    """A data set of the hub, or a folder that the datasets library saved."""
+def data_set(config: ImagesConfig) -> Iterator[Found]:
+    """A data set of the hub, or a folder that the datasets library saved.
+
+    Captions are read first, as columns; an image is read when it is opened.
+    """
+    import datasets
+
+    data = _loaded(config)
+    names = ["jpg_0", "jpg_1"] if config.adapter == "pick-a-pic" else [config.image_column]
+    labels = ["label_0"] if config.adapter == "pick-a-pic" else []
+    _check_columns(data.column_names, [*names, *labels, config.caption_column], config.source)
+    images = data.select_columns(names)
+    for name in names:
+        if isinstance(images.features[name], datasets.Image):
+            # Bytes, since the library names no row when an image is broken.
+            images = images.cast_column(name, datasets.Image(decode=False))
+    chosen: Iterator[str | None] = (names[0] for _ in range(len(data)))
+    if labels:
+        chosen = map(pick_a_pic, data[labels[0]])
+    for n, (caption, column) in enumerate(zip(data[config.caption_column], chosen, strict=True)):
+        if column is not None:
+            where = f"row {n} of {config.source}"
+            image = partial(_row_image, images, n, column, where)
+            yield Found(f"{config.split}-{n:07d}", _text(caption), image)
+
+
+def _loaded(config: ImagesConfig) -> Any:
     import datasets
 
     try:
-        local = Path(config.source)
-        if (local / "dataset_info.json").is_file():
-            data = datasets.load_from_disk(str(local))
-        else:
-            data = datasets.load_dataset(config.source, split=config.split)
+        if not (saved := _is_saved(Path(config.source))):
+            return datasets.load_dataset(config.source, split=config.split)
+        data = datasets.load_from_disk(config.source)
     except Exception as error:  # the library raises its own, its network's and the system's
         raise SparringError(f"images.source {config.source!r} cannot be loaded: {error}") from error
-    for n, row in enumerate(data):
-        image_column, caption_column = config.image_column, config.caption_column
-        if config.adapter == "pick-a-pic":
-            winner = pick_a_pic(row)
-            if winner is None:
-                continue
-            image_column = winner
-        for column in (image_column, caption_column):
-            if column not in row:
-                raise SparringError(
-                    f"{config.source} has no column {column!r}; it has {', '.join(row)}"
-                )
-        yield f"{n:07d}", str(row[caption_column]), _image(row[image_column], n, config.source)
+    if saved == _SAVED[0]:
+        _refuse_splits(config)
+        return data
+    if config.split not in data:
+        raise SparringError(
+            f"{config.source} has no split {config.split!r}; it has {', '.join(data)}"
+        )
+    return data[config.split]
 
 
-def _image(value: Any, row: int, source: str) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    data = value["bytes"] if isinstance(value, Mapping) else value
-    return from_png(data, f"row {row} of {source}")
+def _is_saved(path: Path) -> str | None:
+    return next((name for name in _SAVED if (path / name).is_file()), None)
 
 
-def pick_a_pic(row: Mapping[str, Any]) -> str | None:
-    """Column of the image that people preferred in Pick-a-Pic v2; None for a tie."""
-    label = row["label_0"]
-    return None if label == 0.5 else "jpg_0" if label > 0.5 else "jpg_1"
+def _refuse_splits(config: ImagesConfig) -> None:
+    if config.heldout_split:
+        raise SparringError(
+            f"{config.source} has no splits, so images.heldout_split = {config.heldout_split!r} "
+            "names nothing; leave it empty"
+        )
+
+
+def _row_image(images: Any, row: int, column: str, where: str) -> Image.Image:
+    value = images[row][column]
+    if isinstance(value, Mapping):
+        if not value["bytes"]:
+            return _opened(Path(str(value["path"])))
+        value = value["bytes"]
+    if not isinstance(value, bytes):
+        raise SparringError(f"{where}: {column!r} is {type(value).__name__}, no image")
+    return from_png(value, where)
+
+
+def pick_a_pic(label: float | None) -> str | None:
+    """Column of the image that people preferred in Pick-a-Pic v2, by `label_0`; None for a tie, or
+    where nobody was asked."""
+    if label is None or label == 0.5:
+        return None
+    return "jpg_0" if label > 0.5 else "jpg_1"
 
 
 SOURCES: dict[str, Callable[[ImagesConfig], Iterator[Found]]] = {"digits": digits, "icons": icons}
 
 
 def source(config: ImagesConfig) -> Iterator[Found]:
-    """All images of a recipe's source, in its own order.
+    """All images of a recipe's source, in its own order, unopened.
 
     Raises:
-        SparringError: it cannot be read; a broken file or a missing column is named.
+        SparringError: it cannot be read; a missing column or a broken line is named.
     """
     if config.source in SOURCES:
+        _refuse_splits(config)
         return SOURCES[config.source](config)
     path = Path(config.source)
-    if path.is_dir() and not (path / "dataset_info.json").is_file():
+    if path.is_dir() and not _is_saved(path):
+        _refuse_splits(config)
         return folder(config)
     if not path.exists() and (config.source[:1] in "./~" or config.source.count("/") != 1):
         raise SparringError(
             f"images.source {config.source!r} is no folder, no data set (owner/name), and none of "
             f"{', '.join(SOURCES)}"
         )
-    return hub(config)
+    return data_set(config)

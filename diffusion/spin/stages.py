@@ -58,19 +58,21 @@ IMAGES = Stage(
     summary="collect images with captions and split them into training and held-out",
     function="sparring.diffusion.spin.collect:run",
     config=ImagesConfig,
-    version="1",
+    version="2",
     inputs={},
     light=True,
+    reads=("source",),
 )
 IMAGE_MODEL = Stage(
     name="image-model",
     summary="bring the starting text-to-image pipeline into the run",
     function="sparring.diffusion.spin.start:run",
     config=ImageModelConfig,
-    version="1",
+    version="2",
     inputs={"images?": f"{_IMAGES}, for the small model"},
     single=True,
     packages=_PACKAGES,
+    reads=("path",),
 )
 GENERATE_IMAGES = Stage(
     name="generate-images",
@@ -78,7 +80,7 @@ GENERATE_IMAGES = Stage(
     function="sparring.diffusion.spin.generate:run",
     finish="sparring.diffusion.spin.generate:finish",
     config=GenerateImagesStage,
-    version="1",
+    version="2",
     inputs={"model": _MODEL, "images": _IMAGES},
     packages=_PACKAGES,
 )
@@ -88,7 +90,7 @@ ENCODE_IMAGES = Stage(
     function="sparring.diffusion.spin.encode:run",
     finish="sparring.diffusion.spin.encode:finish",
     config=EncodeImagesStage,
-    version="1",
+    version="2",
     inputs={
         "model": _MODEL,
         "images": _IMAGES,
@@ -101,20 +103,21 @@ TRAIN_IMAGES = Stage(
     summary="optimise the network on pairs of a real and a generated image",
     function="sparring.diffusion.spin.train:run",
     config=TrainImagesStage,
-    version="1",
+    version="2",
     inputs={
         "model": f"{_MODEL}, to start from",
         "encoded": "artifact of encode-images",
         "opponent?": f"{_MODEL}, of the opponent; the start if not given",
     },
     packages=("torch", "diffusers", "deepspeed", "accelerate", "peft"),
+    reads=("weight",),
 )
 EVALUATE_IMAGES = Stage(
     name="evaluate-images",
     summary="score images of an iterate for held-out captions",
     function="sparring.diffusion.spin.evaluate:run",
     config=ImageEvaluateConfig,
-    version="1",
+    version="2",
     inputs={
         "images": _IMAGES,
         "current": "artifact of generate-images for the held-out captions",
@@ -123,6 +126,7 @@ EVALUATE_IMAGES = Stage(
     },
     single=True,
     packages=("torch", "scikit-learn", "transformers"),
+    reads=("scorer_files",),
 )
 
 STAGES = {

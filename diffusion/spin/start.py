@@ -19,10 +19,12 @@ def run(
 
     Raises:
         UsageError: "small" without images.
-        SparringError: `path` is nothing that diffusers can load.
+        SparringError: `path` is nothing that diffusers can load, or nothing that can be trained.
     """
     from sparring.diffusion.spin import pipelines
+    from sparring.diffusion.spin.layouts import layout_of
     from sparring.diffusion.spin.pictures import from_png
+    from sparring.diffusion.spin.process import Process, retargeted
     from sparring.diffusion.spin.small import small_pipeline
 
     if config.path == "small":
@@ -39,9 +41,13 @@ def run(
         )
     else:
         pipeline = pipelines.load(config.path, revision=config.revision)
+    if config.target != "auto":
+        pipeline.scheduler = retargeted(pipeline.scheduler, config.target)
+    pipelines.check(pipeline)
     pipeline.save_pretrained(output)
-    network = getattr(pipeline, pipelines.denoiser_name(pipeline))
+    network = getattr(pipeline, layout_of(pipeline).denoiser)
     return {
         "pipeline": type(pipeline).__name__,
+        "target": Process.of(pipeline.scheduler).target,
         "parameters": sum(p.numel() for p in network.parameters()),
     }

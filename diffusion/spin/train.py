@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparring.diffusion.spin import pipelines
+from sparring.diffusion.spin.layouts import Conditions
 from sparring.diffusion.spin.losses import (
     decoupled_loss,
     denoising_error,
@@ -33,7 +34,7 @@ from sparring.launch.optimisation import accumulate, descend, micro_batches
 from sparring.launch.rows import read_rows
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
-from sparring.launch.stages import Context, Figures
+from sparring.launch.stages import Context, Figures, load
 from sparring.launch.training import batches, learning_rate
 from sparring.optimizers import build_optimizer
 
@@ -62,15 +63,14 @@ class Pairs:
         data = [np.frombuffer(getattr(self.rows[n], which), dtype="<f4") for n in rows]
         return torch.from_numpy(np.stack(data)).view(-1, *self.shape)
 
-    def conditions(self, captions: Sequence[int], rows: Sequence[int]) -> pipelines.Conditions:
-        """Of captions by number; with pooled features, sizes and crops of the rows too."""
+    def conditions(self, captions: Sequence[int], rows: Sequence[int]) -> Conditions:
+        """Of captions by number, with sizes and crops of the rows."""
         found = {name: value[list(captions)] for name, value in self._conditions.items()}
-        if "pooled" in found:
-            found["size"] = torch.tensor([self.rows[n].size for n in rows], dtype=torch.float32)
+        found["size"] = torch.tensor([self.rows[n].size for n in rows], dtype=torch.float32)
         return found
 
     def caption(self, row: int) -> int:
-        """Number of a row's caption; 0 is the empty one."""
+        """Number of a row's caption; 0 is none."""
         return self._place[self.rows[row].caption]
 
 
@@ -88,14 +88,17 @@ class ImageTrainer:
         self.config, self.pairs, self.context = config, pairs, context
         passes = micro_batches(config.batch, config.micro_batch, context.world)
         self.sharding = Sharding(config, context.world, micro_batches=passes)
-        self.process = Process.of(_scheduler(model), config.target)
-        network = pipelines.load_network(model)
-        network.requires_grad_(True).train()
+        self.process = Process.of(_scheduler(model))
+        self.weight: Any = None if config.weight == "none" else load(config.weight)
+        denoiser = pipelines.Denoiser.load(model)
+        _check_channels(denoiser.model, pairs, model)
+        denoiser.requires_grad_(True).train()
         if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            denoiser.model.enable_gradient_checkpointing()
         if config.lora_rank:
-            network = add_lora(network, config.lora_rank, config.lora_alpha, _ATTENTION)
-        denoiser = pipelines.Denoiser(network)
+            denoiser.model = add_lora(
+                denoiser.model, config.lora_rank, config.lora_alpha, _ATTENTION
+            )
         optimizer = build_optimizer(
             config.optimizer, denoiser.named_parameters(), lr=learning_rate(config, 0, 1)
         )
@@ -103,8 +106,7 @@ class ImageTrainer:
         # The opponent is exactly what made the losers: with adapters, the network without them.
         self.opponent: Any = None
         if config.loss == "spin" and (opponent is not None or not config.lora_rank):
-            frozen = pipelines.Denoiser(pipelines.load_network(opponent or model))
-            frozen.requires_grad_(False)
+            frozen = pipelines.Denoiser.load(opponent or model).requires_grad_(False)
             self.opponent = frozen.eval().to(self.sharding.device)
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -167,7 +169,8 @@ class ImageTrainer:
             trained = scale_gradient(loser, guard(*residuals))
         z = margin(winner, trained, their_winner, their_loser)
         assert isinstance(config.beta, (int, float)), "schedules are resolved before training"
-        loss = decoupled_loss(z, beta=config.beta, link=config.link)
+        weight = None if self.weight is None else self.weight(t, self.process)
+        loss = decoupled_loss(z, beta=config.beta, weight_B=weight, link=config.link)
         if config.sft_weight:
             loss = loss + config.sft_weight * winner
         found = {
@@ -187,6 +190,15 @@ class ImageTrainer:
                 return self.network(*given)  # type: ignore[no-any-return]
         with self.sharding.autocast():
             return self.opponent(*given)  # type: ignore[no-any-return]
+
+
+def _check_channels(network: Any, pairs: Pairs, model: Path) -> None:
+    taken, given = int(network.config.in_channels), pairs.shape[0]
+    if taken != given:
+        raise SparringError(
+            f"the network of {model} takes {taken} channels, and the encoded latents have {given}; "
+            "encode with the pipeline that is trained"
+        )
 
 
 def _sums(found: Mapping[str, Tensor], pairs: int) -> dict[str, float]:

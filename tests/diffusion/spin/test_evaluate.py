@@ -13,12 +13,14 @@ from tiny_images import clip_folder, squares
 from sparring.diffusion.spin import evaluate
 from sparring.diffusion.spin.config import ImageEvaluateConfig
 from sparring.diffusion.spin.distances import Features, coverage, frechet_distance
+from sparring.diffusion.spin.pictures import Opened, pixels, thumbnails
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.diffusion.spin.scorers import Clip, build_scorer
+from sparring.diffusion.spin.stages import EVALUATE_IMAGES
 from sparring.launch.errors import SparringError
 from sparring.launch.processes import World
 from sparring.launch.rows import read_rows, write_rows
-from sparring.launch.stages import Context
+from sparring.launch.stages import Context, LaunchConfig, Step, content_key
 
 REAL = [(image, caption) for _, caption, image in squares(90)]
 
@@ -64,6 +66,8 @@ def test_the_classifier_knows_the_captions() -> None:
     wrong = captions[1:] + captions[:1]
     assert np.mean(scorer.right(images, captions)) > 0.9
     assert np.mean(scorer.score(images, captions)) > np.mean(scorer.score(images, wrong)) + 1
+    with pytest.raises(SparringError, match="'a grey square' is none of them"):
+        scorer.score(images[:1], ["a grey square"])
     with pytest.raises(SparringError, match="at least two captions with several images each"):
         build_scorer("classifier", [(image, f"caption {n}") for n, (image, _) in enumerate(REAL)])
 
@@ -104,8 +108,75 @@ def test_a_scorer_that_is_not_there_is_named(tmp_path: Path) -> None:
         build_scorer(f"pickscore:{tmp_path}", REAL)
     with pytest.raises(SparringError, match=r"scorer 'beauty' is none of classifier, clip"):
         build_scorer("beauty", REAL)
+    clip = clip_folder(tmp_path / "clip")
     with pytest.raises(SparringError, match=r"scorer 'aesthetic' cannot be loaded from 'x'"):
-        build_scorer(f"aesthetic:{clip_folder(tmp_path / 'clip')}|x", REAL)
+        build_scorer(f"aesthetic:{clip}|x", REAL)
+    torch.save({"weight": torch.zeros(1, 12)}, tmp_path / "head.pth")
+    with pytest.raises(SparringError, match=r"head.pth' \(a safetensors file with weight and bias"):
+        build_scorer(f"aesthetic:{clip}|{tmp_path / 'head.pth'}", REAL)
+
+
+def test_cost_does_not_grow_with_the_size_of_images() -> None:
+    large = [image.resize((640, 512)) for image, _ in REAL[:3]]
+    found = thumbnails(large)
+    assert found.shape == (3, 3 * 26 * 32)
+    means = [np.asarray(image).mean() / 127.5 - 1 for image in large]
+    np.testing.assert_allclose(found.mean(1), means, atol=0.01)
+    small = thumbnails(image for image, _ in REAL[:3])
+    np.testing.assert_array_equal(small, pixels([i for i, _ in REAL[:3]], 3).reshape(3, -1))
+
+
+def test_images_are_opened_as_they_are_asked_for() -> None:
+    seen: list[int] = []
+
+    def see(number: int) -> int:
+        seen.append(number)
+        return -number
+
+    opened = Opened([1, 2, 3, 4], see)
+    assert len(opened[1:3]) == 2
+    assert not seen
+    assert list(opened[1:3]) == [-2, -3]
+    assert seen == [2, 3]
+
+
+def test_axes_are_found_from_some_of_many_images(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_rows(pictures / "train.parquet", Picture)
+    monkeypatch.setattr(evaluate, "_FITTED", 5)
+    fitted: list[int] = []
+
+    class Counted(Features):
+        def __init__(self, real_ND: Any) -> None:
+            fitted.append(len(real_ND))
+            super().__init__(real_ND)
+
+    monkeypatch.setattr(evaluate, "Features", Counted)
+    write_rows(
+        tmp_path / "samples.parquet",
+        Sample,
+        [Sample(r.image_id, r.caption, 0, r.png) for r in rows],
+    )
+    inputs = {"images": pictures, "current": tmp_path}
+    context = Context(World(), tmp_path, 0, lambda: False, lambda **_: None)
+    evaluate.run(ImageEvaluateConfig(scorers=()), inputs, tmp_path, context)
+    assert fitted == [4]  # every third of twelve
+
+
+def test_a_scorers_files_are_part_of_the_stages_key(tmp_path: Path) -> None:
+    config = ImageEvaluateConfig(
+        scorers=("classifier", "clip", "aesthetic:/clip|/head", "tiny_images:redness")
+    )
+    assert config.scorer_files == ("", "", "/clip", "/head", "tiny_images:redness")
+    assert set(EVALUATE_IMAGES.reads) == {"scorer_files"}
+    head = tmp_path / "head.safetensors"
+    step = Step("e", EVALUATE_IMAGES, ImageEvaluateConfig(scorers=(f"aesthetic:/clip|{head}",)), {})
+    keys = set()
+    for content in (b"one", b"two"):
+        head.write_bytes(content)
+        keys.add(content_key(step, {}, LaunchConfig()))
+    assert len(keys) == 2
 
 
 def test_win_rates_compare_the_same_caption_and_number(pictures: Path, tmp_path: Path) -> None:

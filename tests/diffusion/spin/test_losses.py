@@ -1,4 +1,5 @@
-"""SPIN-Diffusion's losses against closed forms (specification, oracles 12 to 17)."""
+"""SPIN-Diffusion's losses against closed forms (specification, oracles 12 to 17; the targets'
+forms of oracle 15 are in test_process.py, oracle 18 is in test_train.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from sparring.diffusion.spin.losses import (
     denoising_error,
     guard,
     margin,
-    mean_error_factor,
     scale_gradient,
     trajectory_loss,
 )
@@ -49,10 +49,17 @@ def test_equal_images_have_no_gradient_and_swapping_turns_the_margin_round() -> 
     errors = [torch.rand(5, generator=torch.Generator().manual_seed(n)) for n in range(4)]
     w, x, rw, rx = errors
     torch.testing.assert_close(margin(w, x, rw, rx), -margin(x, w, rx, rw))
-    same = w.clone().requires_grad_()
-    loss = decoupled_loss(margin(same, same, rw, rw), beta=3.0).sum()
-    (gradient,) = torch.autograd.grad(loss, same)
-    assert not bool(gradient.any())
+    # One image twice with one noise: whatever the network, nothing is to be learnt.
+    network, opponent = nn.Linear(18, 18).double(), nn.Linear(18, 18).double()
+    image, noise = images(0).flatten(1), images(1).flatten(1)
+    ours = [denoising_error(network(some), noise) for some in (image, image.clone())]
+    theirs = [denoising_error(opponent(some), noise) for some in (image, image.clone())]
+    z = margin(*ours, *theirs)
+    assert not bool(z.any())
+    assert bool(((ours[0] - theirs[0]).abs() > 1e-3).all())
+    loss = decoupled_loss(z, beta=3.0).sum()
+    (gradient,) = torch.autograd.grad(loss, network.weight)
+    assert float(gradient.abs().max()) < 1e-15
     assert float(decoupled_loss(margin(w, x, rw, rx), beta=0.0).max()) == pytest.approx(math.log(2))
 
 
@@ -93,20 +100,67 @@ def test_the_decoupled_loss_bounds_that_of_trajectories() -> None:
     )
 
 
-def test_errors_of_means_and_of_noise_differ_by_a_factor() -> None:
-    """Oracle 15: mu~ - mu_theta of DDPM's posterior against eps - eps_theta."""
-    bar_s, bar_t = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.55, dtype=torch.float64)
-    x0, noise, predicted = images(0), images(1), images(2)
-    x = bar_t.sqrt() * x0 + (1 - bar_t).sqrt() * noise
-    a = bar_t / bar_s
+def test_means_and_noise_give_one_loss_after_their_conversion() -> None:
+    """Oracle 15: mu~ - mu_theta of DDPM's posterior against eps - eps_theta, at one step.
 
-    def mean(clean: Tensor) -> Tensor:  # of q(x_s | x_t, x_0), from Bayes
-        return (bar_s.sqrt() * (1 - a) * clean + a.sqrt() * (1 - bar_s) * x) / (1 - bar_t)
+    lambda / (2 sigma^2) |mu~ - mu|^2 = beta / 2 weight mean|eps - eps_theta|^2 with beta weight =
+    lambda D (1 - a)^2 / (sigma^2 a (1 - alpha_bar_t)), a = alpha_bar_t / alpha_bar_s.
+    """
+    bar_s, bar_t = 0.7, 0.55
+    a, lam, dimensions = bar_t / bar_s, 0.9, 18
+    sigma2 = (1 - bar_s) / (1 - bar_t) * (1 - a)
+    noise = images(1)
+    errors: dict[str, list[Tensor]] = {"mean": [], "noise": []}
+    for image, guess in ((0, 2), (3, 4), (0, 5), (3, 6)):  # winner and loser, by both networks
+        x0, predicted = images(image), images(guess)
+        x = math.sqrt(bar_t) * x0 + math.sqrt(1 - bar_t) * noise
 
-    guess = (x - (1 - bar_t).sqrt() * predicted) / bar_t.sqrt()
-    means = (mean(x0) - mean(guess)).square().sum()
-    noises = (noise - predicted).square().sum()
-    torch.testing.assert_close(means / noises, mean_error_factor(bar_s, bar_t))
+        def mean(clean: Tensor, x: Tensor = x) -> Tensor:  # of q(x_s | x_t, x_0), from Bayes
+            over = math.sqrt(bar_s) * (1 - a) * clean + math.sqrt(a) * (1 - bar_s) * x
+            return over / (1 - bar_t)
+
+        guessed = (x - math.sqrt(1 - bar_t) * predicted) / math.sqrt(bar_t)
+        errors["mean"].append((mean(x0) - mean(guessed)).square().flatten(1).sum(1))
+        errors["noise"].append(denoising_error(predicted, noise))
+    scale = torch.tensor([lam / (2 * sigma2)], dtype=torch.float64)
+    exact = trajectory_loss(margin(*errors["mean"])[:, None], scale)
+    weight = dimensions * (1 - a) ** 2 / (sigma2 * a * (1 - bar_t))
+    found = decoupled_loss(
+        margin(*errors["noise"]), beta=lam, weight_B=torch.full((6,), weight, dtype=torch.float64)
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("like_data", [True, False])
+def test_the_mean_gradient_vanishes_where_losers_are_like_data(like_data: bool) -> None:
+    """Oracle 14: at the start, as 1/sqrt(n) for losers from the data's law, else not at all.
+
+    Data N(1, 1), the opponent's network that of N(m_k, 1), m_k = 0: it made the losers, or not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    repeats, m_k = 400, 0.0
+
+    def rms(n: int) -> float:
+        """Of the gradient over n pairs, over independent repeats."""
+        a = torch.rand((repeats, n), generator=generator, dtype=torch.float64)
+        noise, real, fake = (
+            torch.randn((repeats, n), generator=generator, dtype=torch.float64) for _ in range(3)
+        )
+        mu = torch.full((repeats, 1), m_k, dtype=torch.float64, requires_grad=True)
+
+        def error(x0: Tensor, centre: Tensor | float) -> Tensor:
+            x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+            return (noise - (1 - a).sqrt() * (x - a.sqrt() * centre)).square()
+
+        winner, loser = real + 1, fake + (1 if like_data else m_k)
+        z = margin(error(winner, mu), error(loser, mu), error(winner, m_k), error(loser, m_k))
+        loss = decoupled_loss(z.flatten(), beta=20.0).view(repeats, n).mean(1).sum()
+        (gradient,) = torch.autograd.grad(loss, mu)
+        return float(gradient.square().mean().sqrt())
+
+    few, many = rms(50), rms(3200)
+    expected = 8.0 if like_data else 1.0
+    assert few / many == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(("beta", "alpha_bar"), [(8.0, 0.5), (20.0, 0.3), (50.0, 0.9)])

@@ -1,0 +1,66 @@
+"""The benchmark's statistics, and what arms take over from each other."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[3] / "scripts" / "benchmarks" / "spin_diffusion.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("spin_diffusion_benchmark", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_intervals_are_students_over_seeds_and_the_base_comes_once(benchmark: Any) -> None:
+    def rows(*values: float) -> dict[int, dict[str, float]]:
+        return {t: {"accuracy": value} for t, value in enumerate(values)}
+
+    found = {
+        ("spin", 0): rows(0.5, 0.6), ("spin", 1): rows(0.5, 0.7), ("spin", 2): rows(0.5, 0.8),
+        ("sft", 0): rows(0.5, 0.5), ("sft", 1): rows(0.5, 0.5), ("sft", 2): rows(0.5, 0.5),
+    }  # fmt: skip
+    lines = benchmark.table(found, {("spin", "sft", 1): [0.6, 0.6, 0.6]})
+    # Standard deviation .1, three seeds: 4.303 * .1 / sqrt(3) = .248.
+    assert "| spin | 1 | 0.700 [0.452, 0.948] |" in "\n".join(lines)
+    assert sum("| base |" in line for line in lines) == 1
+    assert lines[-1] == "| spin against sft | 1 | 0.600 [0.600, 0.600] |"
+
+
+def test_ties_are_half_a_win(benchmark: Any) -> None:
+    assert benchmark.win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]) == pytest.approx(0.625)
+
+
+def test_arms_take_over_what_they_share(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+
+    def sparring(arguments: list[str]) -> int:
+        seen.append(arguments)
+        return 0
+
+    monkeypatch.setattr(benchmark, "sparring", sparring)
+    for name in (*benchmark.SHARED, "iter1"):
+        (tmp_path / "spin-seed0" / name).mkdir(parents=True)
+    (tmp_path / "spin-seed0" / benchmark.RUN_FILE).write_text("{}")
+    assert benchmark.run(tmp_path, "one", 0, []) == tmp_path / "one-seed0"
+    assert "one-iteration" in seen[0]
+    taken = {path.name for path in (tmp_path / "one-seed0").iterdir()}
+    assert taken == {benchmark.RUN_FILE, *benchmark.SHARED}
+    benchmark.run(tmp_path, "sft", 0, [])
+    assert not (tmp_path / "sft-seed0" / "iter0").exists()
+    assert (tmp_path / "sft-seed0" / "heldout0").is_dir()
+    monkeypatch.setattr(benchmark, "sparring", lambda arguments: 75)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.run(tmp_path, "frozen", 0, [])
+    assert stopped.value.code == 75
