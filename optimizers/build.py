@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparring.optimizers.config import OptimizerConfig
+from sparring.optimizers.groups import grouped
 from sparring.optimizers.mars import MARS
-
-
-def _decay_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, by the shape the tensor has outside its ZeRO shard."""
-    matrices: list[tuple[str, nn.Parameter]] = []
-    vectors: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (matrices if len(shape) >= 2 else vectors).append((name, parameter))
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
     config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float
 ) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters.
+    """An optimizer over the trainable parameters, in groups of one kind (`grouped`).
 
     Args:
         parameters: `model.named_parameters()`; those without `requires_grad` are left out.
@@ -41,7 +24,7 @@ def build_optimizer(
     Raises:
         ValueError: nothing to train.
     """
-    groups = _decay_groups(parameters, config.weight_decay)
+    groups = grouped(parameters, weight_decay=config.weight_decay)
     if not groups:
         raise ValueError("no parameter is trainable")
 

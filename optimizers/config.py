@@ -22,7 +22,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled (AdamW, MARS); on matrices only."""
+    """Decoupled (AdamW, MARS); on all but biases and norms."""
     gamma: float = 0.025
     """MARS: strength of the correction of the gradient."""
     variant: Literal["adamw", "lion", "shampoo"] = "adamw"

@@ -6,7 +6,6 @@ Nothing here imports DeepSpeed before it is called.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,19 +19,24 @@ def register_deepspeed() -> None:
 
     DeepSpeed has no registry: it looks names up in `torch.optim`, and asks for
     `zero_allow_untested_optimizer` unless the class stands in its list of tested ones. This puts
-    MARS into both, has `deepspeed.initialize` refuse what `check_config` refuses, and calls
-    `guard_accelerate`. Calling it again changes nothing.
+    MARS into both, and has `deepspeed.initialize` refuse what `check_config` refuses. Calling it
+    again changes nothing.
 
     Raises:
         ImportError: DeepSpeed is not installed.
     """
-    from deepspeed.runtime.zero import utils
+    try:
+        from deepspeed.runtime.zero import utils
+    except ImportError as error:
+        raise ImportError(
+            f"register_deepspeed needs DeepSpeed ({error}): pip install deepspeed, or "
+            "'sparring[train]' with all that trains; without DeepSpeed there is nothing to register"
+        ) from error
 
     torch.optim.MARS = MARS  # type: ignore[attr-defined]
     if MARS not in utils.ZERO_SUPPORTED_OPTIMIZERS:
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(MARS)
     _check_at_initialize()
-    guard_accelerate()
 
 
 def _check_at_initialize() -> None:
@@ -57,11 +61,13 @@ def guard_accelerate() -> None:
     """Stop accelerate from replacing MARS by DeepSpeed's CPUAdam without a word.
 
     With `offload_optimizer` and `zero_force_ds_cpu_optimizer` unset, `Accelerator.prepare` builds a
-    DeepSpeedCPUAdam on MARS's parameter groups. From now on it raises a ValueError instead.
+    DeepSpeedCPUAdam on MARS's parameter groups. From now on it raises a ValueError instead. Every
+    MARS calls this when it is built, because nothing of it runs once it has been replaced.
     """
-    if importlib.util.find_spec("accelerate") is None:
+    try:
+        import accelerate.accelerator as module
+    except ImportError:  # what cannot be imported replaces nothing
         return
-    import accelerate.accelerator as module
 
     original = getattr(module, "map_pytorch_optim_to_deepspeed", None)
     if original is None or hasattr(original, "guarded_for_mars"):
@@ -153,9 +159,15 @@ def take_moments(engine: Any) -> None:
 
     Raises:
         ValueError: the engine's optimizer is not MARS.
-        RuntimeError: MARS is not in exact mode.
+        RuntimeError: MARS is not in exact mode, or `engine.step()` has not made the update of the
+            moments before. After an overflow, which skips it, that update is lost with a warning.
     """
     optimizer = unwrap(engine)
+    if optimizer.pending and not getattr(engine.optimizer, "overflow", False):
+        raise RuntimeError(
+            "exact mode: take_moments was called again while its update is still to be made; call "
+            "engine.step() in between, after the backward pass of the next batch"
+        )
     with optimizer.moments():
         if engine.optimizer is optimizer and engine.gradient_clipping() > 0:
             engine.clip_fp32_gradients()  # no ZeRO, no masters: the engine clips, not a wrapper

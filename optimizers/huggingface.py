@@ -7,96 +7,24 @@ Trainer(..., optimizer_cls_and_kwargs=(MARSFactory, {"lr": 3e-4}))  # where it i
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
-import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from sparring.optimizers.deepspeed import (
-    check_config,
-    guard_accelerate,
-    register_deepspeed,
-    take_moments,
-    unwrap,
-)
-from sparring.optimizers.layouts import KINDS, Kind, describe
+from sparring.optimizers.deepspeed import check_config, register_deepspeed, take_moments, unwrap
+from sparring.optimizers.groups import mars_groups
+from sparring.optimizers.layouts import FSDP1
 from sparring.optimizers.mars import MARS
+from sparring.optimizers.replay import Replay
 
-# Parameter groups.
-
-
-def mars_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, weight_decay_1d: float = 0.0
-) -> list[dict[str, Any]]:
-    """The trainable parameters of a model as groups of matrices, vectors and embeddings.
-
-    Kinds are told by the parameters' own shapes, also where `zero.Init` has split them. Embeddings
-    are the tables of `nn.Embedding`, the input embeddings and the output head of a transformers
-    model, and go by their names in any other module. Adapters of PEFT are matrices. A tied weight
-    stands in one group, once.
-
-    Args:
-        weight_decay: of matrices and embeddings.
-        weight_decay_1d: of vectors: biases, norms, convolutions. 0 by default, as Trainer has
-            it, where MARS alone would decay them like matrices.
-
-    Raises:
-        ValueError: the model has no trainable parameter.
-    """
-    tables = _embeddings(model)
-    found: dict[Kind, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            by_name = describe(parameter, name).kind
-            if tables is not None and by_name != "vector":
-                found["embedding" if parameter in tables else "matrix"].append((name, parameter))
-            else:
-                found[by_name].append((name, parameter))
-    if not any(found.values()):
-        raise ValueError(
-            f"{type(model).__name__} has no trainable parameter: set requires_grad, or add adapters"
-        )
-    decays: dict[Kind, dict[str, float | None]] = {
-        "matrix": {"weight_decay": weight_decay},
-        "vector": {"weight_decay": weight_decay_1d, "weight_decay_1d": weight_decay_1d},
-        # Under "shampoo" they are updated like vectors, but decay as a table should.
-        "embedding": {"weight_decay": weight_decay, "weight_decay_1d": None},
-    }
-    return [
-        {"params": params, "kind": kind, **decays[kind]} for kind, params in found.items() if params
-    ]
-
-
-def _embeddings(model: nn.Module) -> set[nn.Parameter] | None:
-    """Tables with a row an item; None if the model does not tell its embeddings."""
-    modules = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        if not callable(get):
-            return None
-        with contextlib.suppress(NotImplementedError):  # an image model: it has none
-            modules.append(get())
-    modules = [module for module in modules if isinstance(module, nn.Module)]
-    modules += [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    tables: set[nn.Parameter] = set()
-    for module in modules:
-        # PEFT wraps an embedding or a head together with its adapters, which are smaller.
-        sizes = {p: math.prod(describe(p).shape) for p in module.parameters()}
-        tables |= {p for p, size in sizes.items() if size == max(sizes.values())}
-    return tables
+__all__ = ["MARSFactory", "attach_mars", "mars_groups"]
 
 
 def _build(
     model: nn.Module, *, weight_decay: float = 0.0, weight_decay_1d: float = 0.0, **settings: Any
 ) -> MARS:
-    guard_accelerate()
     groups = mars_groups(model, weight_decay=weight_decay, weight_decay_1d=weight_decay_1d)
     return MARS(groups, weight_decay=weight_decay, weight_decay_1d=weight_decay_1d, **settings)
 
@@ -195,10 +123,7 @@ def _refuse_shardings(trainer: Any) -> None:
     elif trainer.is_fsdp_enabled:
         version = getattr(state.fsdp_plugin, "fsdp_version", 1)
         if version != 2:
-            raise ValueError(
-                f"fsdp_version = {version}: FSDP1 flattens parameters and forgets their borders, "
-                "so that no matrix could be told from a vector; set fsdp_config={'version': 2}"
-            )
+            raise ValueError(f"fsdp_version = {version}: {FSDP1}")
 
 
 def _refuse_exact(trainer: Any) -> None:
@@ -251,19 +176,6 @@ class _Proof(TrainerCallback):  # type: ignore[misc]
         self.unwrapped()
 
 
-@dataclass
-class _MicroBatch:
-    """A call of `training_step`, and the state of the random generators before it."""
-
-    model: Any
-    inputs: Any
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
-    boundary: bool
-    """Whether it is the last of its batch, and gradients are reduced over ranks."""
-    randomness: dict[str, Any]
-
-
 class _Exact(_Proof):
     """Runs every batch a second time, at the weights that its first run has led to.
 
@@ -271,47 +183,25 @@ class _Exact(_Proof):
     gives the moments (`MARS.moments`).
     """
 
-    # What TRL's trainers count inside training_step.
-    _COUNTED = ("_metrics", "_total_train_tokens", "_stored_metrics")
-
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        self._training_step = trainer.training_step
-        self._batch: list[_MicroBatch] = []
-        self._complete = False
-        trainer.training_step = self._record
-
-    def _record(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-        if self._complete:
-            self._batch, self._complete = [], False
-        accelerator = self.trainer.accelerator
-        self._batch.append(
-            _MicroBatch(
-                model=model,
-                inputs=copy.copy(inputs),
-                rest=rest,
-                options=options,
-                boundary=accelerator.sync_gradients,
-                randomness=_randomness(accelerator.device),
-            )
-        )
-        return self._training_step(model, inputs, *rest, **options)
+        self._batch = Replay(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         super().on_train_begin(args, state, control)
-        self._batch = []  # an attempt before may have ended within a batch
+        self._batch.clear()  # an attempt before may have ended within a batch
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The second run of a batch, and the moments from it."""
-        trainer, model = self.trainer, self._batch[-1].model
-        self._complete = True
+        trainer, model = self.trainer, self._batch.model
+        self._batch.complete()
         if trainer.is_deepspeed_enabled:
             engine = trainer.deepspeed
             with self._engine_step(lambda: take_moments(engine)):
-                self._run_again()
+                self._batch.run()
             return
         model.zero_grad()
-        self._run_again()
+        self._batch.run()
         if args.max_grad_norm > 0:
             trainer._clip_grad_norm(model)
         with self.unwrapped().moments():
@@ -326,11 +216,10 @@ class _Exact(_Proof):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The last update of a training that stopped early, unless other weights were loaded."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            for held in self.unwrapped().state.values():
-                held["pending_lr"] = None  # it belongs to the weights that are gone
+            self.unwrapped().drop_pending()  # it belongs to the weights that are gone
         else:
             self._last_update()
-        self._batch = []
+        self._batch.clear()
 
     def _last_update(self) -> None:
         mars = self.unwrapped()
@@ -348,7 +237,7 @@ class _Exact(_Proof):
 
         # ZeRO makes no step without gradients; those of the batch before will do.
         with self._engine_step(update):
-            self._run_again()
+            self._batch.run()
 
     @contextlib.contextmanager
     def _engine_step(self, instead: Callable[[], None]) -> Iterator[None]:
@@ -359,46 +248,3 @@ class _Exact(_Proof):
             yield
         finally:
             del engine.step
-
-    def _run_again(self) -> None:
-        """Forward and backward of the micro-batches as before, leaving no other trace."""
-        trainer = self.trainer
-        accelerator = trainer.accelerator
-        after = _randomness(accelerator.device)
-        counted = {name: vars(trainer)[name] for name in self._COUNTED if name in vars(trainer)}
-        vars(trainer).update(copy.deepcopy(counted))
-        plugin = accelerator.gradient_state.plugin_kwargs
-        every = trainer.is_deepspeed_enabled or plugin.get("sync_each_batch", False)
-        try:
-            for micro in self._batch:
-                accelerator.gradient_state._set_sync_gradients(micro.boundary)
-                _restore(micro.randomness)
-                quiet = not (micro.boundary or every)
-                with accelerator.no_sync(micro.model) if quiet else contextlib.nullcontext():
-                    self._training_step(
-                        micro.model, copy.copy(micro.inputs), *micro.rest, **micro.options
-                    )
-        finally:
-            vars(trainer).update(counted)
-            _restore(after)
-
-
-def _randomness(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that a forward pass may draw from."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type != "cpu":
-        state["device"] = (device, torch.get_device_module(device).get_rng_state(device))
-    return state
-
-
-def _restore(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if "device" in state:
-        device, generator = state["device"]
-        torch.get_device_module(device).set_rng_state(generator, device)

@@ -1,8 +1,8 @@
 """MARS-AdamW on a CPU in one pass over memory, by a C kernel that is compiled at its first use.
 
 A step on a CPU costs what it moves. Bytes a float32 parameter: fused AdamW reads 16 and writes 12.
-The kernel reads 20 and writes 16, and the norm that the clip needs reads 4 to 8 before; the same
-from library calls cost half as much again (docs/optimizers/mars.md).
+The kernel reads 20 and writes 16, and the norms that the clip needs read 4 or 8 before
+(docs/optimizers/mars.md).
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         real, pointer, count = _REALS[dtype][1], ctypes.c_void_p, ctypes.c_int64
         self._square_sum = library.square_sum
-        self._corrected_square_sum = library.corrected_square_sum
+        self._square_sums = library.square_sums
         self._mars_adamw = library.mars_adamw
         self._square_sum.argtypes = [count, pointer]
-        self._corrected_square_sum.argtypes = [count, pointer, pointer, real]
+        self._square_sums.argtypes = [count, pointer, pointer, real, pointer]
         self._mars_adamw.argtypes = [count, *[pointer] * 6, *[real] * 8]
-        self._square_sum.restype = self._corrected_square_sum.restype = ctypes.c_double
-        self._mars_adamw.restype = None
+        self._square_sum.restype = ctypes.c_double
+        self._square_sums.restype = self._mars_adamw.restype = None
 
     def norm(self, tensor: Tensor) -> float:
         """Euclidean norm."""
@@ -73,14 +73,17 @@ class Kernel:
 
         return math.sqrt(sum(_spread(tensor.numel(), part)))
 
-    def corrected_norm(self, grad: Tensor, last_grad: Tensor, coefficient: float) -> float:
-        """|g + kappa (g - h)|, without writing that vector."""
+    def norms(self, grad: Tensor, last_grad: Tensor, coefficient: float) -> tuple[float, float]:
+        """|g| and |g + kappa (g - h)|, in one pass and without writing the vector."""
 
-        def part(offset: int, count: int) -> float:
+        def part(offset: int, count: int) -> tuple[float, float]:
+            sums = (ctypes.c_double * 2)()
             g, h = _at(grad, offset), _at(last_grad, offset)
-            return float(self._corrected_square_sum(count, g, h, coefficient))
+            self._square_sums(count, g, h, coefficient, sums)
+            return sums[0], sums[1]
 
-        return math.sqrt(sum(_spread(grad.numel(), part)))
+        own, corrected = zip(*_spread(grad.numel(), part), strict=True)
+        return math.sqrt(sum(own)), math.sqrt(sum(corrected))
 
     def step(
         self,
@@ -132,29 +135,26 @@ def kernel(dtype: torch.dtype) -> Kernel | None:
     if not compiler:
         logger.info("MARS: no C compiler (cc, gcc or $CC): library calls instead of the kernel")
         return None
+    try:
+        return Kernel(_compiled([*compiler.split(), *_FLAGS, f"-DREAL={_REALS[dtype][0]}"]), dtype)
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip()
+        logger.info("MARS: library calls instead of the kernel, as %s failed: %s", compiler, reason)
+        return None
+
+
+def _compiled(command: list[str]) -> ctypes.CDLL:
     # In a folder of this process, though it takes 0.2 s: a shared one would need locks, and on a
     # cluster it would hold another machine's instructions.
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "mars_adamw.so"
-        flags = [
-            "-O3",
-            "-march=native",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-shared",
-            "-fPIC",
-        ]
-        command = [*compiler.split(), *flags, f"-DREAL={_REALS[dtype][0]}", str(_SOURCE)]
-        try:
-            subprocess.run(
-                [*command, "-lm", "-o", str(library)], check=True, capture_output=True, text=True
-            )
-            return Kernel(ctypes.CDLL(str(library)), dtype)
-        except (subprocess.CalledProcessError, OSError) as error:
-            reason = str(getattr(error, "stderr", "") or error).strip()
-            logger.info("MARS: library calls instead of the kernel, as %s failed: %s",
-                        compiler, reason)  # fmt: skip
-            return None
+        subprocess.run(
+            [*command, str(_SOURCE), "-lm", "-o", str(library)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ctypes.CDLL(str(library))
 
 
 def _at(tensor: Tensor, offset: int) -> int:

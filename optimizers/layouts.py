@@ -22,8 +22,13 @@ from torch import Tensor, nn
 Kind = Literal["matrix", "vector", "embedding"]
 KINDS: tuple[Kind, ...] = ("matrix", "vector", "embedding")
 
-# Names of input embeddings and output heads in transformers' models.
-_EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b|lm_head|\bembeddings?\b", re.IGNORECASE)
+# The module that owns a table of input embeddings or an output head, as models name it. A linear
+# layer inside a module of such a name is none (time_embedding.linear_1).
+_EMBEDDING = re.compile(
+    r"\w*embed\w*|\w+_emb|emb|wte|wpe|lm_head|shared|output|head", re.IGNORECASE
+)
+# What PEFT and weight tying put between that module and its weight.
+_WRAPPED = re.compile(r"(\.(base_layer|original_module|modules_to_save\.\w+))?(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,53 @@ class Original:
         return math.prod(self.shape)
 
 
+def is_table(name: str) -> bool:
+    """Whether a matrix of this name is an embedding or an output head, a row an item.
+
+    Both stand outside the numbered layers, where a "head" or an "output" is a projection.
+    """
+    path = _WRAPPED.sub("", name).split(".")
+    numbered = any(part.isdigit() for part in path)
+    return not numbered and _EMBEDDING.fullmatch(path[-1]) is not None
+
+
+FSDP1 = (
+    "FSDP1 flattens parameters and forgets their borders, so that no matrix could be told from a "
+    "vector: use FSDP2 (fully_shard; fsdp_version=2 in accelerate, fsdp_config={'version': 2} in "
+    "TrainingArguments)"
+)
+"""Why it is refused."""
+
+
+def refuse_split(parameter: Tensor) -> None:
+    """Refuse a parameter that is a part whose whole cannot be found from here.
+
+    Raises:
+        ValueError: it bears the mark of FSDP1, or of tensor parallelism without DTensors.
+    """
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(FSDP1)
+    if getattr(parameter, "tensor_model_parallel", False):
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} is split by tensor parallelism without "
+            "DTensors (Megatron, DeepSpeed's AutoTP): MARS would clip and orthogonalise this "
+            "rank's part alone; use DTensors (parallelize_module), ZeRO or FSDP2, or where the "
+            "parallel size is 1 set parameter.tensor_model_parallel = False"
+        )
+
+
 def describe(parameter: Tensor, name: str = "", kind: Kind | None = None) -> Original:
-    """Shape and kind of a parameter; `ds_shape` is what `zero.Init` keeps of its shape."""
+    """Shape and kind of a parameter; `ds_shape` is what `zero.Init` keeps of its shape.
+
+    Raises:
+        ValueError: see `refuse_split`.
+    """
+    refuse_split(parameter)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if kind is None:
         # The authors' code takes exactly two dimensions for a matrix: convolutions are vectors.
         kind = "vector" if len(shape) != 2 else "matrix"
-        if kind == "matrix" and _EMBEDDING.search(name):
+        if kind == "matrix" and is_table(name):
             kind = "embedding"
     return Original(parameter, shape, kind)  # type: ignore[arg-type]
 
@@ -94,6 +139,22 @@ def whole(index: int, tensor: Tensor) -> Layout:
     return Layout((Segment(index, 0, 0, tensor.numel()),), (index,))
 
 
+def collective_device(group: Any) -> torch.device:
+    """Where a process group's collectives take tensors, the same on all its ranks.
+
+    The accelerator, if it has a backend of its own there; else the CPU, also for gloo and MPI,
+    which serve both. It does not follow the tensors: under offload they lie on the CPU, and a rank
+    may hold none.
+    """
+    # Not get_backend(): with several devices it says "undefined" or "cpu:gloo,cuda:nccl".
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    own = backends.get(accelerator.type) if accelerator else None
+    if accelerator is None or own is None or own == backends.get("cpu"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
 Candidates = Sequence[tuple[int, Original]]
 """Originals of one parameter group with their positions."""
 
@@ -103,7 +164,8 @@ def _same(tensor: Tensor, position: int, candidates: Candidates) -> Layout | Non
     if is_dtensor(tensor):
         return None
     for index, original in candidates:
-        if original.parameter is tensor:
+        # FSDP1 keeps the objects, and puts flat shards into them.
+        if original.parameter is tensor and original.shape == tuple(tensor.shape):
             return whole(index, tensor)
     return None
 
@@ -231,6 +293,8 @@ def resolve(tensor: Tensor, position: int, candidates: Candidates) -> Layout:
     Raises:
         ValueError: the sharding is not one that is known here.
     """
+    for _, original in candidates:  # what split them may have come after the optimizer
+        refuse_split(original.parameter)
     for resolver in _RESOLVERS:
         layout = resolver(tensor, position, candidates)
         if layout is None or not layout.members:
@@ -244,7 +308,6 @@ def resolve(tensor: Tensor, position: int, candidates: Candidates) -> Layout:
         return layout
     raise ValueError(
         f"MARS cannot tell which parameters the tensor of shape {tuple(tensor.shape)} holds. "
-        "Known shardings are ZeRO 0 to 3, BF16_Optimizer and FSDP2 (fully_shard). FSDP1 flattens "
-        "parameters and forgets their borders: use fully_shard. ZenFlow and SuperOffload call "
-        "DeepSpeed's CPUAdam: switch them off."
+        "Known shardings are ZeRO 0 to 3, BF16_Optimizer and FSDP2 (fully_shard), not FSDP1. "
+        "ZenFlow and SuperOffload call DeepSpeed's CPUAdam: switch them off."
     )

@@ -5,10 +5,9 @@ Lion or Shampoo (arXiv 2411.10438, Algorithm 1).
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,20 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparring.optimizers import updates
-from sparring.optimizers.batches import Batch, Part
+from sparring.optimizers.batches import gather
+from sparring.optimizers.exact import ExactMode, is_pending
 from sparring.optimizers.kernel import NormCache
-from sparring.optimizers.layouts import (
-    KINDS,
-    Layout,
-    Original,
-    describe,
-    is_dtensor,
-    local,
-    resolve,
-    whole,
-)
+from sparring.optimizers.layouts import refuse_split
+from sparring.optimizers.originals import Originals
 from sparring.optimizers.orthogonal import MatrixExchange
-from sparring.optimizers.rules import Rule, Variant, check_settings, rule_of, settings_of
+from sparring.optimizers.rules import Variant, check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +80,8 @@ class MARS(Optimizer):
         capturable: steps on the device, for CUDA graphs.
 
     Raises:
-        ValueError: an argument out of range, a parameter twice, or no tensor that gets MARS.
+        ValueError: an argument out of range, a parameter twice, or one that FSDP1 or tensor
+            parallelism has split. The first step raises it when no tensor gets MARS.
 
     State of a parameter, float32 even where the parameter has 16 bits: `exp_avg`, `exp_avg_sq`
     (AdamW rules), `last_grad` (MARS rules), `max_exp_avg_sq` (amsgrad), `step`; in exact mode also
@@ -149,24 +142,17 @@ class MARS(Optimizer):
         check_settings(defaults)
         self._begin()
         super().__init__(params, defaults)
-        if "accelerate" in sys.modules:
-            from sparring.optimizers.deepspeed import guard_accelerate
+        # Not only where accelerate was imported before: it may be imported later.
+        from sparring.optimizers.deepspeed import guard_accelerate
 
-            guard_accelerate()
+        guard_accelerate()
 
     def _begin(self) -> None:
         """Everything that is not saved."""
-        self._originals: list[Original] = []
-        self._rules: list[Rule] = []
-        self._trivial: list[Layout] = []
-        self._spans: dict[int, range] = {}
-        """The originals of a group, by the id of its dictionary."""
-        self._layouts: dict[Tensor, Layout] = {}
+        self._originals = Originals()
+        self._exact = ExactMode()
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
         self._norm_cache = NormCache()
-        self._in_moments = False
-        self._moments_entered = 0
-        self._stepped_at: dict[Tensor, int] = {}
         self._announced = False
         self.updates: Counter[str] = Counter()
         """How many parameters each rule has updated on this rank, in parts or whole, since
@@ -178,43 +164,39 @@ class MARS(Optimizer):
         """Add a group; settings that it lacks are the optimizer's defaults.
 
         Raises:
-            ValueError: an argument out of range, or a parameter that is already here or is sparse.
+            ValueError: an argument out of range, or a parameter that is already here, or that FSDP1
+                or tensor parallelism has split. Nothing is changed then.
         """
         settings = {**self.defaults, **param_group}
         factor = check_settings(settings)
         if self.param_groups and settings["exact"] != self.param_groups[0]["exact"]:
             raise ValueError("MARS: all groups are exact, or none is")
-        if not isinstance(param_group["params"], (Tensor, set)):
-            param_group["params"] = given = list(param_group["params"])
-            tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
-            twice = [t for t, count in Counter(tensors).items() if count > 1]
-            if twice:
-                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in twice)
-                raise ValueError(
-                    f"MARS: parameters of shape {shapes} stand in a group more than once; tied "
-                    "weights are one parameter (model.parameters() gives them once)"
-                )
+        given = param_group["params"]
+        if not isinstance(given, set):  # torch refuses it, for it has no order
+            param_group["params"] = given = [given] if isinstance(given, Tensor) else list(given)
+            self._check_parameters([x[1] if isinstance(x, tuple) else x for x in given])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["lr_1d_factor"] = factor
         del group["lr_1d"]
-        self._describe(group)
+        self._originals.describe(group)
 
-    def _describe(self, group: dict[str, Any]) -> None:
-        names = group.get("param_names") or [""] * len(group["params"])
-        # By identity: DeepSpeed hands over one group at a time, and its universal checkpoints write
-        # the first group's settings into all of them.
-        start = len(self._originals)
-        self._spans[id(group)] = range(start, start + len(group["params"]))
-        for parameter, name in zip(group["params"], names, strict=True):
-            original = describe(parameter, name, kind=group["kind"])
-            self._trivial.append(whole(len(self._originals), parameter))
-            self._originals.append(original)
-            self._rules.append(rule_of(original.kind, group))
+    def _check_parameters(self, tensors: list[Tensor]) -> None:
+        counts = Counter(tensor for group in self.param_groups for tensor in group["params"])
+        counts.update(tensors)
+        twice = [tensor for tensor, count in counts.items() if count > 1]
+        if twice:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in twice)
+            raise ValueError(
+                f"MARS: parameters of shape {shapes} are given more than once, in one group or in "
+                "two; tied weights are one parameter (model.parameters() gives them once)"
+            )
+        for tensor in tensors:
+            refuse_split(tensor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = not hasattr(self, "_originals")  # unpickled or copied
-        spans = [] if fresh else [self._spans[id(group)] for group in self.param_groups]
+        before = [] if fresh else self.param_groups
         super().__setstate__(state)
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -224,27 +206,20 @@ class MARS(Optimizer):
         if fresh:
             self._begin()
             for group in self.param_groups:
-                self._describe(group)
-        else:  # loading a state puts new dictionaries in the groups' places
-            self._spans = {
-                id(group): span for group, span in zip(self.param_groups, spans, strict=True)
-            }
+                self._originals.describe(group)
+        else:
+            self._originals.relink(before, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, bit for bit.
 
         Raises:
-            ValueError: it is of another variant, or of other groups; nothing is changed then.
+            ValueError: it is of another variant or mode, or of other groups; nothing is changed
+                then.
         """
         groups = state_dict["param_groups"]
         for mine, other in zip(self.param_groups, groups, strict=False):
-            found = other.get("variant")
-            if found != mine["variant"]:
-                what = "of another optimizer" if found is None else f"of MARS-{found}"
-                raise ValueError(
-                    f"the state is {what}, this is MARS-{mine['variant']}: build the optimizer "
-                    f"with variant={found!r}, or start with a new state"
-                )
+            self._check_origin(mine, other)
         super().load_state_dict(state_dict)
         # torch casts floating state to the parameter's type: bfloat16 would lose float32's bits.
         order = [index for group in groups for index in group["params"]]
@@ -258,13 +233,24 @@ class MARS(Optimizer):
                         self.state[tensor][name] = held
                     elif held.data_ptr() == value.data_ptr():
                         self.state[tensor][name] = value.clone()
-        self._stepped_at.clear()
+        self._exact.restart()
         self._norm_cache = NormCache()  # it holds on to the tensors that were replaced
+
+    @staticmethod
+    def _check_origin(mine: dict[str, Any], other: dict[str, Any]) -> None:
+        """Refuse a group of a state that does not go on here."""
+        for name, label in (("variant", "MARS-{}"), ("exact", "MARS with exact={}")):
+            found, expected = other.get(name), mine[name]
+            if found != expected:
+                what = "another optimizer" if found is None else label.format(found)
+                raise ValueError(
+                    f"the state is of {what}, this is {label.format(expected)}: build the "
+                    f"optimizer with {name}={found!r}, or start with a new state"
+                )
 
     # Exact mode.
 
-    @contextmanager
-    def moments(self) -> Iterator[None]:
+    def moments(self) -> AbstractContextManager[None]:
         """Steps inside take in the gradient and leave the weights alone: exact mode's first half.
 
         A batch needs two gradients, at the weights before its update and at those before the one
@@ -287,27 +273,24 @@ class MARS(Optimizer):
         batch. The update uses the learning rate that its moments saw. One buffer more than AdamW,
         as in approximate mode.
 
+        An update that is due when moments are taken again is an error, unless a GradScaler's or
+        DeepSpeed's overflow has skipped it: it is then lost, with a warning.
+
         Raises:
             RuntimeError: the optimizer is not in exact mode.
         """
         if not all(group["exact"] for group in self.param_groups):
             raise RuntimeError("moments() is for exact mode: build MARS with exact=True")
-        self._moments_entered += 1
-        self._in_moments = True
-        try:
-            yield
-        finally:
-            self._in_moments = False
+        return self._exact.moments()
 
     @property
     def pending(self) -> bool:
         """Whether exact mode has moments whose update is still to be made."""
-        return any(state.get("pending_lr") is not None for state in self.state.values())
+        return any(is_pending(state) for state in self.state.values())
 
     def drop_pending(self) -> None:
         """Forget that update, because other weights were loaded."""
-        for state in self.state.values():
-            state["pending_lr"] = None
+        self._exact.drop_pending(self.state)
 
     # The step.
 
@@ -326,13 +309,14 @@ class MARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not torch.compiler.is_compiling():
-            self._announce()
+        self._announce()
         if self._amp_says_skip():
+            self._exact.skip()
             return loss
-        parts = self._gather()
+        parts = gather(self.param_groups, self.state, self._originals, self._exact)
         exact = any(part.group["exact"] for part in parts)
-        taking, applying = not exact or self._in_moments, not self._in_moments
+        applying = not self._exact.in_moments
+        taking = not (exact and applying)
         batches = [batch for part in parts for batch in part.batches]
         whole_step = taking and applying
         for batch in batches:
@@ -352,7 +336,7 @@ class MARS(Optimizer):
                 if applying and batch.rule != "MARS-Shampoo":
                     updates.apply(batch)
             if applying:
-                updates.apply_shampoo(part, self._originals, self._exchanges)
+                updates.apply_shampoo(part, self._originals.listed, self._exchanges)
         for batch in batches:
             if applying and not batch.kernel and batch.last_grads and batch.grads:
                 torch._foreach_copy_(batch.last_grads, batch.grads)
@@ -362,25 +346,18 @@ class MARS(Optimizer):
                 self.updates[batch.rule] += len(batch.params)
         return loss
 
-    def _announce(self) -> None:
-        """Say once what is updated how, and refuse a MARS that would be AdamW."""
-        if self._announced:
-            return
-        self._announced = True
-        plural = {"matrix": "matrices", "vector": "vectors", "embedding": "embeddings"}
-        counts = Counter(zip((o.kind for o in self._originals), self._rules, strict=True))
-        found = ", ".join(
-            f"{counts[kind, rule]} {plural[kind]} {rule}"
-            for kind in KINDS
-            for rule in sorted({r for k, r in counts if k == kind})
-        )
-        if all(rule == "AdamW" for rule in self._rules):
-            raise ValueError(
-                f"no tensor gets MARS ({found or 'no parameters'}): give it two-dimensional "
-                'parameters, optimize_1d=True, or kind="matrix" in a group'
-            )
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            logger.info("MARS: %s", found)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _announce(self) -> bool:
+        """Say once what is updated how, and refuse a MARS that would be AdamW.
+
+        A compiler, which cannot trace a log, calls it as it is.
+        """
+        if not self._announced:
+            found = self._originals.summary()
+            self._announced = True
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                logger.info("MARS: %s", found)
+        return True
 
     def _amp_says_skip(self) -> bool:
         """Whether GradScaler found an overflow; gradients are unscaled if they were not."""
@@ -388,7 +365,7 @@ class MARS(Optimizer):
         if found_inf is None:
             return False
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        if any(not is_dtensor(t) and not self._is_original(t) for t in tensors):
+        if self._originals.replaced(tensors):
             raise ValueError(
                 "float16 torch_autocast under ZeRO is refused: a GradScaler skips the step on the "
                 "rank that overflowed only, and the others would wait for it for ever; use "
@@ -401,126 +378,3 @@ class MARS(Optimizer):
             grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
             torch._foreach_div_(grads, scale)
         return False
-
-    def _is_original(self, tensor: Tensor) -> bool:
-        return any(original.parameter is tensor for original in self._originals)
-
-    # From tensors to batches.
-
-    def _gather(self) -> list[Part]:
-        """Everything that this call updates, with steps counted and state made."""
-        parts = []
-        for group in self.param_groups:
-            part = self._part(group)
-            if part.layouts:
-                parts.append(part)
-        return parts
-
-    def _part(self, group: dict[str, Any]) -> Part:
-        part = Part(group)
-        batches: dict[Any, Batch] = {}
-        for position, tensor in enumerate(group["params"]):
-            grad = tensor.grad
-            state = self.state[tensor]
-            due = group["exact"] and not self._in_moments
-            if grad is None and not (due and state.get("pending_lr") is not None):
-                continue
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError("MARS does not support sparse gradients; use dense embeddings")
-            layout = self._layout(tensor, position, group)
-            if self._in_moments and state.get("pending_lr") is not None:
-                # The update was skipped (an fp16 overflow): h was not taken, and memory holds c.
-                state.pop("last_grad", None)
-            self._prepare_state(tensor, layout, group)
-            if layout.cloned and state["step"] == 0 and not torch.any(tensor.grad):
-                continue  # DeepSpeed without ZeRO makes a step of zeros, to have the state made
-            lr = group["lr"]
-            if due:
-                lr = self._settle_exact(tensor, group)
-                if lr is None:
-                    continue
-            else:
-                if group["capturable"] or torch.compiler.is_compiling():
-                    state["step"] += 1  # the same memory, for graphs
-                else:  # tensors may share it: DeepSpeed loads universal checkpoints so
-                    state["step"] = state["step"] + 1
-                if group["exact"]:
-                    state["pending_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
-            part.layouts.append(layout)
-            for number, segment in enumerate(layout.segments):
-                rule = rule_of(self._originals[segment.index].kind, group)
-                key: tuple[Any, ...] = (
-                    rule,
-                    tensor.dtype,
-                    tensor.device,
-                    grad is None,
-                    lr if due else None,
-                )
-                if group["foreach"] is False:
-                    key = (*key, position, number)
-                if key not in batches:
-                    batches[key] = Batch(rule, group, settings_of(rule, group, lr))
-                batches[key].add(tensor, state, layout, segment)
-        part.batches = list(batches.values())
-        return part
-
-    def _layout(self, tensor: Tensor, position: int, group: dict[str, Any]) -> Layout:
-        span = self._spans[id(group)]
-        if position < len(span):
-            index = span[position]
-            if self._originals[index].parameter is tensor and not is_dtensor(tensor):
-                return self._trivial[index]
-        if tensor not in self._layouts:
-            candidates = [(index, self._originals[index]) for index in span]
-            self._layouts[tensor] = resolve(tensor, position, candidates)
-        return self._layouts[tensor]
-
-    def _prepare_state(self, tensor: Tensor, layout: Layout, group: dict[str, Any]) -> None:
-        state = self.state[tensor]
-        if layout.whole:
-            rules = {rule_of(self._originals[layout.members[0]].kind, group)}
-        else:  # the same keys on all ranks and in all groups, whatever they hold
-            rules = {rule_of("matrix", group), rule_of("vector", group)}
-        names = ["exp_avg"]
-        if rules & {"AdamW", "MARS-AdamW"}:
-            names.append("exp_avg_sq")
-            if group["amsgrad"]:
-                names.append("max_exp_avg_sq")
-        fresh = "exp_avg" not in state
-        if "step" not in state:
-            on_device = group["capturable"] or group["fused"]
-            device = local(tensor).device if on_device else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        elif not isinstance(state["step"], Tensor):
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
-        dtype = _state_dtype(tensor)
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(tensor, dtype=dtype)
-        if rules != {"AdamW"} and "last_grad" not in state:
-            # A state that others wrote (a universal checkpoint) has none: c = g once.
-            state["last_grad"] = torch.zeros_like(tensor, dtype=dtype)
-            if not fresh and tensor.grad is not None:
-                state["last_grad"].copy_(-tensor.grad if group["maximize"] else tensor.grad)
-
-    def _settle_exact(self, tensor: Tensor, group: dict[str, Any]) -> float | Tensor | None:
-        """In exact mode, outside `moments`: the learning rate of the update to make, if any."""
-        state = self.state[tensor]
-        if self._stepped_at.get(tensor) == self._moments_entered:
-            raise RuntimeError(
-                "exact mode takes two gradients a batch: between two calls of step(), call it once "
-                "`with optimizer.moments():` (see MARS.moments)"
-            )
-        self._stepped_at[tensor] = self._moments_entered
-        lr: float | Tensor | None = state.get("pending_lr")
-        state["pending_lr"] = None
-        if tensor.grad is None:
-            state.pop("last_grad", None)  # not known for the next batch
-        elif lr is None and "last_grad" in state and state["step"] > 0:
-            maximize = group["maximize"]
-            state["last_grad"].copy_(-tensor.grad if maximize else tensor.grad)
-        return lr
-
-
-def _state_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -28,18 +28,20 @@ double square_sum(int64_t n, const REAL *g)
     return total;
 }
 
-/* The same of c = g + kappa (g - h). */
-double corrected_square_sum(int64_t n, const REAL *g, const REAL *h, REAL kappa)
+/* The sums for g and for c = g + kappa (g - h), into out[0] and out[1]. */
+void square_sums(int64_t n, const REAL *g, const REAL *h, REAL kappa, double *out)
 {
-    double total = 0;
+    double own = 0, corrected = 0;
     REAL c[BLOCK];
     for (int64_t start = 0; start < n; start += BLOCK) {
         const int64_t count = n - start < BLOCK ? n - start : BLOCK;
         for (int64_t i = 0; i < count; i++)
             c[i] = g[start + i] + kappa * (g[start + i] - h[start + i]);
-        total += square_sum(count, c);
+        own += square_sum(count, g + start); /* a block of g is still in the cache */
+        corrected += square_sum(count, c);
     }
-    return total;
+    out[0] = own;
+    out[1] = corrected;
 }
 
 /* c = scale (g + kappa (g - h)); h = g; m, v and x as AdamW takes c.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparring.optimizers.layouts import Layout, Original, Segment
+from sparring.optimizers.layouts import Layout, Original, Segment, collective_device
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """phi(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (K. Jordan's Muon), steep at 0, flat near 1."""
@@ -80,9 +80,12 @@ class MatrixExchange:
     """Brings the parts of split matrices together on their owners, and back.
 
     Args:
-        layouts: of the tensors of one optimizer call, all over the same process group.
+        layouts: of the tensors of one optimizer call, all over the same process groups.
         originals: all parameters.
-        matrices: which of them are to be orthogonalised.
+        members: which of them are to be orthogonalised.
+
+    Raises:
+        ValueError: the matrices are split over more than one group, or not into whole rows.
 
     Constructing and calling are collective over the process group.
     """
@@ -91,13 +94,21 @@ class MatrixExchange:
     """Elements in flight at once: 256 MB of float32."""
 
     def __init__(
-        self, layouts: Sequence[Layout], originals: Sequence[Original], matrices: Sequence[int]
+        self, layouts: Sequence[Layout], originals: Sequence[Original], members: Sequence[int]
     ) -> None:
-        (self._group,) = {group for layout in layouts for group in layout.groups}
+        groups = layouts[0].groups
+        if len(groups) > 1:
+            raise ValueError(
+                f"the matrix of shape {originals[members[0]].shape} is split over {len(groups)} "
+                "dimensions of its mesh; MARS-Shampoo needs one, Shard(0) (fully_shard without "
+                "tensor parallelism)"
+            )
+        (self._group,) = groups
+        self.members = tuple(members)
         self._originals = originals
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
-        wanted = set(matrices)
+        wanted = set(members)
         mine = [
             (segment.index, segment.start, segment.numel)
             for layout in layouts
@@ -184,7 +195,7 @@ class MatrixExchange:
         like = next(iter(pieces.values()), None)
         # A rank without a part takes part in the collectives all the same.
         dtype = torch.float32 if like is None else like.dtype
-        device = _device(self._group) if like is None else like.device
+        device = collective_device(self._group)
         going = [
             [i for i in bucket if self._owner[i] == rank and i in pieces]
             for rank in range(self._size)
@@ -198,7 +209,7 @@ class MatrixExchange:
         receive_sizes = [sum(part.numel for _, part in row) for row in coming]
         send = torch.cat(
             [torch.empty(0, dtype=dtype, device=device)]
-            + [pieces[i].reshape(-1) for row in going for i in row]
+            + [pieces[i].reshape(-1).to(device) for row in going for i in row]
         )
         received = torch.empty(sum(receive_sizes), dtype=dtype, device=device)
         dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self._group)
@@ -222,18 +233,11 @@ class MatrixExchange:
         dist.all_to_all_single(returned, back, send_sizes, receive_sizes, group=self._group)
         sent = [i for row in going for i in row]
         parts = torch.split(returned, [pieces[i].numel() for i in sent]) if sent else ()
-        return dict(zip(sent, parts, strict=True))
+        return {i: chunk.to(pieces[i].device) for i, chunk in zip(sent, parts, strict=True)}
 
 
 def _matrix_shape(original: Original) -> tuple[int, int]:
     return original.shape[0], math.prod(original.shape[1:])
-
-
-def _device(group: Any) -> torch.device:
-    backend = dist.get_backend(group)
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device(
-        "cpu"
-    )  # fmt: skip
 
 
 def segment_view(tensor: Tensor, segment: Segment) -> Tensor:

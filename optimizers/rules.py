@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from sparring.optimizers.orthogonal import ORTHOGONALISERS
 Variant = Literal["adamw", "lion", "shampoo"]
 VARIANTS: tuple[Variant, ...] = ("adamw", "lion", "shampoo")
 Rule = Literal["AdamW", "MARS-AdamW", "MARS-Lion", "MARS-Shampoo"]
+_SWITCHES = ("exact", "optimize_1d", "amsgrad", "clip_c", "shampoo_embeddings", "maximize",
+             "capturable")  # fmt: skip
 
 
 def rule_of(kind: Kind, group: dict[str, Any]) -> Rule:
@@ -45,38 +48,53 @@ def settings_of(rule: Rule, group: dict[str, Any], lr: float | Tensor) -> Settin
 
 
 def check_settings(settings: dict[str, Any]) -> float:
-    """Refuse settings out of range; returns the ratio of the vectors' learning rate to lr."""
+    """Refuse settings out of range; returns the ratio of the vectors' learning rate to lr.
+
+    Raises:
+        ValueError: names the setting, what it must be, and what it is.
+    """
 
     def require(good: bool, name: str, rule: str) -> None:
         if not good:
             raise ValueError(f"MARS: {name} must {rule}, not {settings[name]!r}")
 
-    def finite(value: Any) -> bool:
-        return math.isfinite(float(value))
+    def number(value: Any) -> float:
+        """As a float; not a number for what is none, like the "auto" of a ds_config."""
+        good = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
+        return float(value) if good else math.nan
 
-    lr = settings["lr"]
+    def at_least_zero(name: str, otherwise: str = "") -> None:
+        value = number(settings[name])
+        absent = bool(otherwise) and settings[name] is None
+        rule = f"be a finite number of at least 0{otherwise}"
+        require(absent or (math.isfinite(value) and value >= 0), name, rule)
+
+    lr, lr_1d = settings["lr"], settings["lr_1d"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"MARS: a tensor lr must have one element, not {lr.numel()}")
         if settings["foreach"] and not settings["capturable"]:
             raise ValueError("MARS: a tensor lr with foreach=True needs capturable=True")
-    require(finite(lr) and float(lr) >= 0, "lr", "be a finite number of at least 0")
+    for name in ("lr", "eps", "weight_decay"):
+        at_least_zero(name)
+    at_least_zero("weight_decay_1d", ", or None for weight_decay")
+    at_least_zero("lr_1d", ", or None for lr / 2")
     for name in ("betas", "betas_1d"):
-        good = len(settings[name]) == 2 and all(0 <= float(b) < 1 for b in settings[name])
+        pair = settings[name]
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2
+        good = good and all(0 <= number(beta) < 1 for beta in pair)
         require(good, name, "be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        require(finite(settings[name]) and settings[name] >= 0, name, "be at least 0")
-    require(0 <= settings["gamma"] <= 1, "gamma", "lie in [0, 1]")
+    require(0 <= number(settings["gamma"]) <= 1, "gamma", "be a number in [0, 1]")
     require(settings["variant"] in VARIANTS, "variant", f"be one of {', '.join(VARIANTS)}")
     require(settings["kind"] in (None, *KINDS), "kind", f"be one of {', '.join(KINDS)}, or None")
     known = tuple(ORTHOGONALISERS)
     require(settings["orthogonaliser"] in known, "orthogonaliser", f"be one of {', '.join(known)}")
-    require(settings["ns_steps"] >= 1, "ns_steps", "be at least 1")
-    decay_1d, lr_1d = settings["weight_decay_1d"], settings["lr_1d"]
-    require(decay_1d is None or (finite(decay_1d) and decay_1d >= 0), "weight_decay_1d",
-            "be at least 0, or None for weight_decay")  # fmt: skip
-    require(lr_1d is None or (finite(lr_1d) and lr_1d >= 0), "lr_1d",
-            "be at least 0, or None for lr / 2")  # fmt: skip
+    steps = settings["ns_steps"]
+    require(isinstance(steps, int) and steps >= 1, "ns_steps", "be a whole number of at least 1")
+    for name in _SWITCHES:
+        require(settings[name] in (True, False), name, "be True or False")
+    for name in ("foreach", "fused"):
+        require(settings[name] in (True, False, None), name, "be True, False or None")
     if settings["foreach"] and settings["fused"]:
         raise ValueError("MARS: foreach and fused cannot both be True; leave one None")
     if settings.get("lr_1d_factor") is not None and lr_1d is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from sparring.optimizers.adamw import adamw_apply, adamw_moments
 from sparring.optimizers.batches import Batch, Part
 from sparring.optimizers.kernel import Kernel, NormCache, kernel
-from sparring.optimizers.layouts import Layout, Original
+from sparring.optimizers.layouts import Layout, Original, collective_device
 from sparring.optimizers.orthogonal import MatrixExchange, orthogonalise
 from sparring.optimizers.recursive import correct_, correction_coefficient
 from sparring.optimizers.rules import rule_of
@@ -72,7 +72,7 @@ def _norms(batches: Sequence[Batch], layouts: Sequence[Layout]) -> dict[int, Ten
     for groups in dict.fromkeys(x.groups for x in layouts if x.groups):
         members = sorted({i for x in layouts if x.groups == groups for i in x.members})
         place = {index: number for number, index in enumerate(members)}
-        device = _collective_device(groups[0])
+        device = collective_device(groups[0])
         squares = torch.zeros(len(members), dtype=torch.float32, device=device)
         mine = split.get(groups, [])
         if mine:
@@ -92,7 +92,7 @@ def _own_norms(batch: Batch) -> Sequence[Tensor]:
     if batch.kernel is None:
         return torch._foreach_norm(batch.last_grads)
     norms = [
-        batch.kernel.corrected_norm(grad, last, _kappa(batch))
+        batch.kernel.norms(grad, last, _kappa(batch))[1]
         for grad, last in zip(batch.grads, batch.last_grads, strict=True)
     ]
     return list(torch.tensor(norms, dtype=batch.params[0].dtype))
@@ -151,28 +151,37 @@ def apply_shampoo(
         for batch in batches
         for index, exp_avg in zip(batch.indices, batch.exp_avgs, strict=True)
     }
-    split = [layout for layout in part.layouts if layout.groups]
-    members = tuple(
-        sorted(
-            index
-            for layout in split
-            for index in layout.members
-            if rule_of(originals[index].kind, group) == "MARS-Shampoo"
-        )
-    )
-    if members:
-        if members not in exchanges:
-            exchanges[members] = MatrixExchange(split, originals, members)
-        flat = {i: piece.reshape(-1) for i, piece in pieces.items()}
-        factors = exchanges[members](flat, factor)
-    else:
-        factors = {index: factor(piece) for index, piece in pieces.items()}
+    factors: dict[int, Tensor] = {}
+    for exchange in _exchanges(part, originals, exchanges):
+        held = {i: pieces.pop(i).reshape(-1) for i in exchange.members if i in pieces}
+        factors |= exchange(held, factor)
+    factors |= {index: factor(piece) for index, piece in pieces.items()}
     for batch in batches:
         lr, decay = batch.settings.lr, batch.settings.weight_decay
         for index, parameter in zip(batch.indices, batch.params, strict=True):
             if decay:
                 parameter.mul_(1 - lr * decay)
             parameter.sub_(factors[index].view_as(parameter) * lr)
+
+
+def _exchanges(
+    part: Part, originals: Sequence[Original], known: dict[tuple[int, ...], MatrixExchange]
+) -> Iterator[MatrixExchange]:
+    """One for every mesh over which matrices of a group are split."""
+    for groups in dict.fromkeys(layout.groups for layout in part.layouts if layout.groups):
+        layouts = [layout for layout in part.layouts if layout.groups == groups]
+        members = tuple(
+            sorted(
+                index
+                for layout in layouts
+                for index in layout.members
+                if rule_of(originals[index].kind, part.group) == "MARS-Shampoo"
+            )
+        )
+        if members and members not in known:
+            known[members] = MatrixExchange(layouts, originals, members)
+        if members:
+            yield known[members]
 
 
 def can_fuse(batch: Batch) -> bool:
@@ -216,10 +225,7 @@ def kernel_step(batch: Batch, known: NormCache) -> None:
         if clip and batch.scales:
             scale = batch.scales[n]
         elif clip:
-            norm = batch.kernel.norm(grad)
-            # |c| <= (1 + kappa) |g| + kappa |h|: mostly far below one, so there is nothing to clip.
-            if not (1 + kappa) * norm + kappa * known.get(last) < 0.999:
-                scale = 1 / max(1.0, batch.kernel.corrected_norm(grad, last, kappa))
+            scale, norm = _scale_and_norm(batch.kernel, grad, last, kappa, known.get(last))
         batch.kernel.step(
             batch.params[n],
             grad,
@@ -234,6 +240,19 @@ def kernel_step(batch: Batch, known: NormCache) -> None:
         )
         if clip and not batch.scales:
             known.put(last, norm)
+
+
+def _scale_and_norm(
+    kernel: Kernel, grad: Tensor, last: Tensor, kappa: float, last_norm: float
+) -> tuple[float, float]:
+    """1 / max(1, |c|), and |g|, by reading as little as will do."""
+    # |c| <= (1 + kappa) |g| + kappa |h|, mostly far below one, and |g| is mostly near |h|.
+    if (1 + 2 * kappa) * last_norm < 0.999:
+        norm = kernel.norm(grad)
+        if (1 + kappa) * norm + kappa * last_norm < 0.999:
+            return 1.0, norm
+    norm, corrected = kernel.norms(grad, last, kappa)
+    return 1 / max(1.0, corrected), norm
 
 
 def fused_adamw(batch: Batch) -> None:
@@ -256,9 +275,3 @@ def fused_adamw(batch: Batch) -> None:
         grad_scale=None,
         found_inf=None,
     )
-
-
-def _collective_device(group: Any) -> torch.device:
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -106,7 +106,8 @@ def guided(count: int, steps: int) -> tuple[float, float]:
         return Tangent(out, torch.zeros_like(out))
 
     noise = SampleNoise(0, range(count), [2] * count)
-    found = solve(ForceGuidance(score, force), process, noise.mask, noise, steps=steps)
+    guided_score = ForceGuidance(score, force)
+    found = solve(guided_score, process, noise.mask, noise, steps=steps, grid="uniform")
     r = coordinate(found.x)
     return float(r.mean()), float(r.var())
 

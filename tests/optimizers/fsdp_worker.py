@@ -1,23 +1,28 @@
-"""A rank of the FSDP2 checks: `fsdp_worker.py OUT`, with RANK and so on in the environment."""
+"""A rank of the FSDP checks: `fsdp_worker.py OUT CASES`, with RANK and so on in the environment."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sparring.optimizers import MARS
 
-STEPS = 6
+STEPS = range(6)
 
 
 def model() -> nn.Sequential:
@@ -35,77 +40,129 @@ def loss(network: nn.Module, x: Tensor) -> Tensor:
     return (network(x) ** 2 - x.sum(1, keepdim=True)).pow(2).mean() * 4
 
 
-def train(network: nn.Module, optimizer: MARS, rank: int, world: int) -> None:
-    for step in range(STEPS):
-        x = batch(step)
+def given(step: int, parameter: Tensor) -> Tensor:
+    """A gradient that no rank rounds in its own way, for bfloat16."""
+    shape = tuple(parameter.shape)
+    generator = torch.Generator().manual_seed(1000 * step + sum(shape))
+    drawn = torch.randn(shape, generator=generator).to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements)
+    return drawn
+
+
+def train(network: nn.Module, optimizer: MARS, rank: int, world: int, steps: range = STEPS) -> None:
+    def gradients(step: int) -> None:
+        optimizer.zero_grad()
+        if next(network.parameters()).dtype == torch.bfloat16:
+            for parameter in network.parameters():
+                parameter.grad = given(step, parameter)
+        else:
+            loss(network, batch(step)[rank::world]).backward()
+
+    for step in steps:
+        gradients(step)
         if optimizer.param_groups[0]["exact"]:
-            loss(network, x[rank::world]).backward()
             optimizer.step()
-            optimizer.zero_grad()
-        loss(network, x[rank::world]).backward()
-        if optimizer.param_groups[0]["exact"]:
+            gradients(step)
             with optimizer.moments():
                 optimizer.step()
         else:
             optimizer.step()
-        optimizer.zero_grad()
 
 
-def run(options: dict[str, Any], mesh_shape: tuple[int, ...], swap: bool) -> dict[str, Any]:
+def shard(network: nn.Sequential, meshes: Sequence[DeviceMesh]) -> None:
+    for number, layer in enumerate((0, 2, 3)):
+        fully_shard(network[layer], mesh=meshes[number % len(meshes)])
+    fully_shard(network, mesh=meshes[0])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def worst(sharded: Iterable[Tensor], plain: Iterable[Tensor]) -> float:
+    return max(
+        float((whole(a) - b).detach().abs().max()) for a, b in zip(sharded, plain, strict=True)
+    )
+
+
+def momenta(optimizer: MARS) -> list[Tensor]:
+    return [state["exp_avg"] for state in optimizer.state.values()]
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Train as the case says: `mesh` (a shape, or two), `swap`, `resume`, `dtype`."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    plain = model()
-    train(plain, MARS(plain.named_parameters(), **options), 0, 1)
+    options, dtype = case.get("options", {}), getattr(torch, case.get("dtype", "float32"))
+    plain = model().to(dtype)
+    alone = MARS(plain.named_parameters(), **options)
+    train(plain, alone, 0, 1)
 
-    names = ("replicate", "shard")[-len(mesh_shape) :]
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    network = model()
-    if swap:  # as accelerate does: the optimizer first, then its parameters are exchanged
+    shapes = case.get("meshes", [[world]])
+    names = ("replicate", "shard")
+    meshes = [init_device_mesh("cpu", tuple(s), mesh_dim_names=names[-len(s) :]) for s in shapes]
+    network = model().to(dtype)
+    if case.get("swap"):  # as accelerate does: the optimizer first, then its parameters exchanged
         optimizer = MARS(network.named_parameters(), **options)
-    for layer in (0, 2, 3):
-        fully_shard(network[layer], mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    if swap:
+        shard(network, meshes)
         optimizer.param_groups[0]["params"] = list(network.parameters())
     else:
+        shard(network, meshes)
         optimizer = MARS(network.named_parameters(), **options)
-    train(network, optimizer, rank, world)
-    worst = max(
-        float((sharded.full_tensor() - whole).detach().abs().max())  # type: ignore[attr-defined]
-        for sharded, whole in zip(network.parameters(), plain.parameters(), strict=True)
-    )
-    start = model()
-    moved = max(
-        float((a - b).detach().abs().max())
-        for a, b in zip(start.parameters(), plain.parameters(), strict=True)
-    )
+    if case.get("resume"):
+        train(network, optimizer, rank, world, STEPS[:3])
+        saved = get_optimizer_state_dict(network, optimizer)
+        optimizer = MARS(network.named_parameters(), **options)
+        set_optimizer_state_dict(network, optimizer, saved)
+        train(network, optimizer, rank, world, STEPS[3:])
+    else:
+        train(network, optimizer, rank, world)
     keys = 0
-    if not swap:  # distributed checkpoints need the same keys on all ranks
+    if not case.get("swap"):  # distributed checkpoints need the same keys on all ranks
         state = get_optimizer_state_dict(network, optimizer)["state"]
         keys = sum(len(entry) for entry in state.values())
     return {
-        "max_abs_diff": worst,
-        "moved": moved,
+        "max_abs_diff": worst(momenta(optimizer), momenta(alone)),
+        "weights_diff": worst(network.parameters(), plain.parameters()),
+        "moved": worst(model().to(dtype).parameters(), plain.parameters()),
         "updates": dict(optimizer.updates),
         "state_keys": keys,
     }
 
 
+def refused(case: dict[str, Any]) -> dict[str, Any]:
+    """What a sharding that MARS does not know gets to hear."""
+    network, options = model(), case.get("options", {})
+    before = case["refused"] != "FSDP1, then MARS"
+    optimizer = None
+    try:
+        if case["refused"] == "two dimensions":
+            mesh = init_device_mesh("cpu", (2, 2))
+            split = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)])
+            parameter = nn.Parameter(split)
+            parameter.grad = split.clone()
+            MARS([parameter], **options).step()
+        else:
+            if before:
+                optimizer = MARS(network.named_parameters(), **options)
+            wrapped = FullyShardedDataParallel(
+                network, use_orig_params=True, device_id=torch.device("cpu")
+            )
+            if not before:
+                optimizer = MARS(wrapped.named_parameters(), **options)
+            wrapped(batch(0)).sum().backward()
+            optimizer.step()
+    except ValueError as error:
+        return {"refused": str(error), "states": len(optimizer.state) if optimizer else 0}
+    return {"refused": "nothing"}
+
+
 def main() -> None:
     logging.disable(logging.INFO)
     dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    cases: list[tuple[dict[str, Any], tuple[int, ...], bool]] = [
-        ({}, (world,), False),
-        ({}, (world,), True),
-        ({"fused": False, "optimize_1d": True, "amsgrad": True}, (world,), False),
-        ({"variant": "lion"}, (world,), False),
-        ({"variant": "shampoo"}, (world,), False),
-        ({"exact": True}, (world,), False),
-    ]
-    if world == 4:
-        cases = [({}, (2, 2), False), ({"variant": "shampoo"}, (2, 2), False)]
-    results = [run(*case) for case in cases]
-    gathered: list[Any] = [None] * world
+    cases = json.loads(Path(sys.argv[2]).read_text())
+    results = [refused(case) if "refused" in case else run(case) for case in cases]
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(gathered))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
+import itertools
 import json
 import math
 import random
@@ -22,18 +24,18 @@ SMALL = ["--tokens", "1024", "--batch", "256", "--vocabulary", "300", "--validat
 
 @pytest.fixture(scope="module")
 def lm() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(
-        "mars_lm", ROOT / "scripts" / "benchmarks" / "mars_lm.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     threads = torch.get_num_threads()
-    spec.loader.exec_module(module)
-    yield module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
+        yield importlib.import_module("mars_lm")
     torch.set_num_threads(threads)
-    del sys.modules[spec.name]
+    for name in ("mars_lm", "mars_lm_model", "mars_lm_runs"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def documents(lm: ModuleType) -> Any:
+    return importlib.import_module("mars_lm_model").documents
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +62,30 @@ def made(lm: ModuleType, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def records(arguments: list[str]) -> list[dict[str, Any]]:
-    file = Path(arguments[arguments.index("--out") + 1]) / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(file.read_text()) for file in files(arguments)]
 
 
-def fake(lm: ModuleType, monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
-    """Replace training by a function of learning rate and seed."""
-
-    def train(arm: Any, lr: float, seed: int, data: Any, options: Any) -> dict[str, Any]:
-        return {"validation": loss(lr, seed), "curve": [], "steps": 1, "tokens": 1, "gradients": 1,
-                "cpu_seconds": 0.0}  # fmt: skip
-
-    monkeypatch.setattr(lm, "train", train)
-    monkeypatch.setattr(lm, "load", lambda options, corpus: None)
+def files(arguments: list[str]) -> list[Path]:
+    return sorted((Path(arguments[arguments.index("--out") + 1]) / "runs").iterdir())
 
 
-def test_table_and_json_have_every_arm(lm, made, capsys, tmp_path):
-    lm.main([*made, "--table-only", "--plot", str(tmp_path / "curves.svg")])
+def test_table_and_json_have_every_arm(lm, made, capsys):
+    lm.main([*made, "--table-only"])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     assert found["benchmark"] == "mars_lm"
     assert list(found["arms"]) == list(lm.ARMS)
     for name, arm in found["arms"].items():
-        assert any(line.startswith(f"| {name} | {arm['lr']:g}") for line in lines)
+        assert any(line.startswith(f"| {name} | 3 | {arm['lr']:g}") for line in lines)
         assert (arm["seeds"], arm["diverged"]) == (2, 0)
         assert 0 < arm["validation_loss"] < math.log(300) + 0.1  # at most a guess among all tokens
-        assert len(arm["lr_tried"]) == 3
+        assert len(arm["lr_tried"]) == arm["tuning_runs"] == 3
     for name in lm.ARMS:
         assert name == "adamw" or f"{name} minus adamw" in found["differences"]
     assert found["differences"]["mars-lion minus lion"]["seeds"] == 2
-    assert (tmp_path / "curves.svg").stat().st_size > 1000
+    out = Path(made[made.index("--out") + 1])
+    assert (out / "table.md").read_text().splitlines() == lines[:-1]
+    assert (out / "curves.svg").stat().st_size > 1000
 
 
 def test_budgets_are_equal_in_tokens_or_gradients(lm, made, capsys):
@@ -116,21 +112,23 @@ def test_an_interrupted_sweep_ends_with_the_same_losses(lm, made, tmp_path):
     losses = {(r["arm"], r["lr"], r["seed"]): r["validation"] for r in before}
     for record in records(again):
         assert record["validation"] == losses[record["arm"], record["lr"], record["seed"]]
-    file = tmp_path / "runs.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:4]))
+    whole = records(again)
+    for file in files(again)[::2]:
+        file.unlink()
     lm.main([*again, "--arms", "adamw", "mars-adamw-exact"])
-    without_times = [
-        [{**json.loads(line), "cpu_seconds": 0} for line in some]
-        for some in (lines, file.read_text().splitlines())
-    ]
+    without_times = [[{**r, "cpu_seconds": 0} for r in some] for some in (whole, records(again))]
     assert without_times[0] == without_times[1]
 
 
 def test_runs_of_another_setting_are_not_mixed_in(lm, made, monkeypatch, capsys):
     monkeypatch.setattr(lm, "train", lambda *_: pytest.fail("--table-only ran something"))
+    table = Path(made[made.index("--out") + 1]) / "table.md"
+    before = table.read_text()
     lm.main([*made, "--tokens", "2048", "--table-only"])
+    assert table.read_text() == before
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["arms"] == {}
+    lm.main([*made, "--table-only"])  # as it was
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]) == set(lm.ARMS)
 
 
 def test_a_seed_is_the_same_start_and_order_for_every_arm(lm, made):
@@ -184,19 +182,40 @@ def test_diverged_runs_are_recorded_and_lead_the_grid_down(lm, made, monkeypatch
 
 
 @pytest.mark.parametrize(("optimum", "tried"), [(3, 4), (9, 5), (0.5, 6), (1000, 8)], ids=str)
-def test_the_grid_goes_on_past_its_edge(lm, made, monkeypatch, tmp_path, capsys, optimum, tried):
-    optimum *= lm.ARMS["adamw"].lr  # given in lowest points of the grid
-    fake(lm, monkeypatch, lambda lr, seed: 5 + math.log(lr / optimum) ** 2)
-    lm.main([*made, "--out", str(tmp_path), "--points", "4", "--extensions", "4"])
-    arms = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
-    grid = sorted(float(lr) for lr in arms["adamw"]["lr_tried"])
-    assert len(grid) == tried
-    assert all(b == pytest.approx(2 * a) for a, b in pairwise(grid))
-    assert arms["adamw"]["at_edge"] == (tried == 8)
-    if tried < 8:
-        assert abs(math.log2(arms["adamw"]["lr"] / optimum)) <= 0.5
-    # the rule is the same for all: grids with one start have one end
-    assert arms["mars-adamw"]["lr_tried"] == arms["adamw"]["lr_tried"]
+def test_all_grids_go_on_when_one_does(lm, made, monkeypatch, tmp_path, capsys, optimum, tried):
+    """As many runs for every arm, wherever its optimum lies; and the same ones in two pieces."""
+    lowest = {name: arm.lr for name, arm in lm.ARMS.items()}
+    best = {**{name: 3 * lr for name, lr in lowest.items()}, "adamw": optimum * lowest["adamw"]}
+    arm_of = {id(arm): name for name, arm in lm.ARMS.items()}
+
+    def train(arm: Any, lr: float, seed: int, data: Any, options: Any) -> dict[str, Any]:
+        return {"validation": 5 + math.log(lr / best[arm_of[id(arm)]]) ** 2, "curve": [],
+                "steps": 1, "tokens": 1, "gradients": 1, "cpu_seconds": 0.0}  # fmt: skip
+
+    monkeypatch.setattr(lm, "load", lambda options, corpus: None)
+    monkeypatch.setattr(lm, "plot", lambda *_: None)
+    found = []
+    for name, interruptions in (("whole", []), ("pieces", [7, 35, 3, 11])):
+        for after in [*interruptions, None]:
+            left = itertools.count() if after is None else iter(range(after))
+
+            def limited(*given: Any, left: Iterator[int] = left) -> dict[str, Any]:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return train(*given)
+
+            monkeypatch.setattr(lm, "train", limited)
+            again = [*made, "--out", str(tmp_path / name), "--points", "4", "--extensions", "4"]
+            with contextlib.suppress(KeyboardInterrupt):
+                lm.main(again)
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["arms"])
+    assert found[0] == found[1]
+    assert {arm["tuning_runs"] for arm in found[0].values()} == {tried}
+    for name, arm in found[0].items():
+        grid = sorted(float(lr) for lr in arm["lr_tried"])
+        assert all(b == pytest.approx(2 * a) for a, b in pairwise(grid))
+        assert arm["at_edge"] == (tried == 8 and name == "adamw")
+        assert arm["at_edge"] or abs(math.log2(arm["lr"] / best[name])) <= 0.5
 
 
 def test_differences_are_by_seed_with_students_interval(lm):
@@ -208,17 +227,17 @@ def test_differences_are_by_seed_with_students_interval(lm):
     assert lm.difference({1: 1.0}, {1: 0.0}) is None
 
 
-def test_documents_stay_on_one_side(lm, text):
-    train, validation = lm.documents(text)
+def test_documents_stay_on_one_side(documents, text):
+    train, validation = documents(text)
     assert not set(train) & set(validation)
     assert len(set(train)) == len(train) == pytest.approx(19 * len(validation), rel=0.1)
-    assert lm.documents(text) == (train, validation)
-    assert sum(map(len, lm.documents(text, limit=20))) == 20
+    assert documents(text) == (train, validation)
+    assert sum(map(len, documents(text, limit=20))) == 20
 
 
-def test_the_default_text_is_real_conversations(lm):
+def test_the_default_text_is_real_conversations(documents):
     pytest.importorskip("chitchat_dataset", reason="needs chitchat-dataset (requirements/data.txt)")
-    train, validation = lm.documents(None)
+    train, validation = documents(None)
     assert (len(train), len(validation)) == (5928, 311)
     assert not set(train) & set(validation)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from sparring.launch.processes import free_port
 from sparring.optimizers import MARS, register_deepspeed
-from sparring.optimizers.deepspeed import check_config, unwrap
+from sparring.optimizers.deepspeed import check_config, take_moments, unwrap
 
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
@@ -115,6 +116,48 @@ def test_deepspeed_and_accelerate_refuse_by_themselves(tmp_path: Any) -> None:
 
 def test_registering_without_deepspeed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero", None)
-    with pytest.raises(ImportError):
+    with pytest.raises(ImportError, match=r"needs DeepSpeed \(.*pip install deepspeed"):
         register_deepspeed()
-    assert MARS.__module__ == "sparring.optimizers.mars"
+
+
+LATE = """
+import sys
+import torch
+from sparring.optimizers import MARS
+optimizer = MARS([torch.nn.Parameter(torch.zeros(2, 2))])
+import accelerate.accelerator
+try:
+    accelerate.accelerator.map_pytorch_optim_to_deepspeed(optimizer)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_accelerate_is_guarded_if_imported_after_mars() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True)
+    assert "would replace MARS by DeepSpeedCPUAdam" in done.stdout
+
+
+def test_moments_without_an_update_in_between_are_refused_before_the_step() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    mars = MARS([matrix], exact=True)
+    matrix.grad = torch.ones(2, 2)
+    calls: list[str] = []
+
+    def take() -> None:
+        calls.append("step")
+        mars.step()
+
+    inner = SimpleNamespace(step=take, zero_grad=lambda: None, overflow=False)
+    engine = SimpleNamespace(basic_optimizer=mars, optimizer=inner)
+    take_moments(engine)
+    assert mars.pending
+    with pytest.raises(RuntimeError, match=r"take_moments was called again.*engine.step\(\)"):
+        take_moments(engine)
+    assert calls == ["step"]
+    inner.overflow = True  # it has skipped the update
+    mars.found_inf = torch.ones(())
+    mars.step()
+    del mars.found_inf
+    take_moments(engine)
+    assert calls == ["step"] * 2

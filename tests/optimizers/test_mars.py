@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,48 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mars_reference import Reference, newton_schulz
+from mars_reference import Reference
+from mars_training import SHAPES, difference, feed, gradients, parameters, train
 from torch import Tensor, nn
 
 from sparring.optimizers import MARS
-from sparring.optimizers.orthogonal import newton_schulz as torch_newton_schulz
-
-SHAPES = ((5, 7), (6,), (9, 3), (4, 2, 3, 3), (1,), (3, 8))
-
-
-def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    return [nn.Parameter(x.to(dtype)) for x in draw]
-
-
-def gradients(steps: int, scale: float = 0.3, seed: int = 1) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-        for _ in range(steps)
-    ]
-
-
-def feed(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], step: list[Tensor]) -> None:
-    for parameter, gradient in zip(params, step, strict=True):
-        parameter.grad = gradient.to(parameter.dtype).clone()
-    optimizer.step()
-
-
-def train(params: list[nn.Parameter], stream: list[list[Tensor]], **options: Any) -> MARS:
-    optimizer = MARS(params, **options)
-    for step in stream:
-        feed(optimizer, params, step)
-    return optimizer
-
-
-def difference(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
-    return max(
-        float((x.detach().double() - y.detach().double()).abs().max())
-        for x, y in zip(a, b, strict=True)
-    )
-
 
 SETTINGS = [
     {},
@@ -96,83 +58,6 @@ def test_float32_and_the_fused_kernel_stay_near_the_recursion() -> None:
     train(plain, stream, fused=False)
     assert difference(exact, fused) < 1e-6
     assert difference(exact, plain) < 1e-6
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_kernel_ran_and_threads_and_known_norms_change_nothing(
-    monkeypatch: Any, threads: int
-) -> None:
-    from sparring.optimizers import kernel
-
-    found = kernel.kernel(torch.float64)
-    assert found is not None, "this machine has no C compiler"
-    calls: list[float] = []
-    step, corrected = found.step, found.corrected_norm
-
-    def counted(*arguments: Any, **options: Any) -> None:
-        calls.append(options["scale"])
-        step(*arguments, **options)
-
-    exact: list[float] = []
-
-    def also_counted(*arguments: Any) -> float:
-        exact.append(corrected(*arguments))
-        return exact[-1]
-
-    monkeypatch.setattr(found, "step", counted)
-    monkeypatch.setattr(found, "corrected_norm", also_counted)
-    monkeypatch.setattr(kernel, "_WHOLE", 4)  # tensors are split over threads
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    plain, small = parameters(), parameters()
-    stream = gradients(12, 0.12)  # the clip binds in some steps and not in others
-    train(plain, stream, fused=False)
-    assert not calls
-    optimizer = train(small, stream[:6])
-    optimizer._norm_cache = kernel.NormCache()  # as after a restart
-    for gradient in stream[6:]:
-        feed(optimizer, small, gradient)
-    assert difference(plain, small) < 1e-12
-    matrices = sum(len(shape) == 2 for shape in SHAPES)
-    assert len(calls) == 12 * matrices
-    assert 0 < sum(scale < 1 for scale in calls) < len(calls)
-    assert len(exact) < len(calls)  # a bound was enough for some
-
-
-def test_norms_of_long_tensors() -> None:
-    from sparring.optimizers.kernel import kernel
-
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
-        found = kernel(dtype)
-        assert found is not None
-        tensors = [torch.randn(size, dtype=dtype) for size in (1, 15, 2048, 70001, 131072)]
-        others = [torch.randn_like(tensor) for tensor in tensors]
-        for g, h in zip(tensors, others, strict=True):
-            assert found.norm(g) == pytest.approx(float(g.double().norm()), rel=tolerance)
-            c = g.double() + 0.475 * (g.double() - h.double())
-            got = found.corrected_norm(g, h, 0.475)
-            assert got == pytest.approx(float(c.norm()), rel=tolerance)
-
-
-def test_without_a_compiler_library_calls_take_over(
-    monkeypatch: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    from sparring.optimizers import kernel
-
-    plain, stream = parameters(), gradients(5)
-    train(plain, stream, fused=False)
-    for compiler, said in (("false", "false failed"), ("/nowhere/cc", "/nowhere/cc failed")):
-        kernel.kernel.cache_clear()
-        monkeypatch.setenv("CC", compiler)
-        others = parameters()
-        with caplog.at_level(logging.INFO, logger="sparring.optimizers"):
-            train(others, stream)
-        assert said in caplog.text
-        assert difference(plain, others) < 1e-12
-    kernel.kernel.cache_clear()
-    monkeypatch.delenv("CC")
-    monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
-    assert kernel.kernel(torch.float32) is None
-    kernel.kernel.cache_clear()
 
 
 def test_without_correction_it_is_adamw_only_while_norms_stay_below_one() -> None:
@@ -250,28 +135,6 @@ def test_shampoo_follows_muons_direction() -> None:
                 nesterov = mu * buffer + (1 - mu) * g
                 m = optimizer.state[parameter]["exp_avg"]
                 torch.testing.assert_close(m / m.norm(), nesterov / nesterov.norm())
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24), (1, 5)])
-def test_newton_schulz_is_its_polynomial_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """Oracle 7."""
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    expected = newton_schulz(matrix.numpy())
-    np.testing.assert_allclose(torch_newton_schulz(matrix).numpy(), expected, atol=1e-12)
-    np.testing.assert_allclose(torch_newton_schulz(matrix.float()).numpy(), expected, atol=1e-4)
-
-
-def test_svd_orthogonaliser_gives_the_orthogonal_factor() -> None:
-    params, stream = parameters(), gradients(1, 0.01)
-    before = [p.detach().clone() for p in params]
-    train(params, stream, variant="shampoo", orthogonaliser="svd", lr=1.0)
-    for parameter, start in zip(params, before, strict=True):
-        if parameter.ndim == 2:
-            update = start - parameter.detach()
-            rows, columns = update.shape
-            small = update @ update.T if rows <= columns else update.T @ update
-            eye = torch.eye(min(rows, columns), dtype=torch.float64) * max(1, rows / columns)
-            torch.testing.assert_close(small, eye)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -355,10 +218,19 @@ def test_going_on_from_a_saved_state_is_bit_equal(
                 assert value.dtype == (torch.float32 if dtype == torch.bfloat16 else value.dtype)
     steps(other, resumed, stream[6:])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
-    # The loaded state is a copy: going on did not change what was loaded.
-    again = MARS(first, **options)
-    again.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(parameters(dtype), parameters(dtype), strict=True))
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    """Going on does not change what was loaded."""
+    params, stream = parameters(), gradients(3)
+    state = train(params, stream[:2]).state_dict()
+    before = copy.deepcopy(state)
+    other = MARS(params)
+    other.load_state_dict(state)
+    feed(other, params, stream[2])
+    for index, entry in before["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, state["state"][index][name]), name
 
 
 def test_a_state_without_last_grad_takes_the_gradient_as_it_is_once() -> None:
@@ -377,23 +249,6 @@ def test_a_state_without_last_grad_takes_the_gradient_as_it_is_once() -> None:
             assert torch.equal(optimizer.state[parameter]["last_grad"], g)
 
 
-def test_a_state_of_another_variant_is_refused_and_changes_nothing() -> None:
-    params, stream = parameters(), gradients(3)
-    optimizer = train(params, stream[:2])
-    lion = train(parameters(), stream[:2], variant="lion")
-    adamw = torch.optim.AdamW(parameters())
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"of MARS-lion, this is MARS-adamw.*variant='lion'"):
-        optimizer.load_state_dict(lion.state_dict())
-    with pytest.raises(ValueError, match="of another optimizer"):
-        optimizer.load_state_dict(adamw.state_dict())
-    after = optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for index, state in before["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, after["state"][index][name])
-
-
 def test_pickle_and_deepcopy_go_on() -> None:
     params, stream = parameters(), gradients(6)
     optimizer = train(params, stream[:3])
@@ -406,9 +261,6 @@ def test_pickle_and_deepcopy_go_on() -> None:
         for step in stream[3:]:
             feed(other, mine, step)
         assert difference(params, mine) == 0
-
-
-# The optimizer contract.
 
 
 def test_hyper_parameters_live_in_the_groups_and_follow_a_schedule() -> None:
@@ -477,14 +329,6 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     optimizer.step()
     assert torch.equal(params[0], frozen)
     assert all(torch.equal(v, optimizer.state[params[0]][k]) for k, v in state.items())
-
-
-def test_sparse_gradients_are_refused() -> None:
-    table = nn.Embedding(5, 3, sparse=True)
-    optimizer = MARS(table.parameters())
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
 
 
 def test_closure_is_called_with_gradients_and_its_loss_returned() -> None:
@@ -558,217 +402,3 @@ def test_grad_scaler_unscales_and_skips_overflows() -> None:
         scaler.step(optimizer)
         scaler.update(1024.0)
     assert difference(plain, scaled) < 1e-7
-
-
-# Exact mode.
-
-
-def quadratic(params: list[nn.Parameter], batch: int) -> Tensor:
-    """A loss whose gradient depends on the weights and on the batch."""
-    generator = torch.Generator().manual_seed(batch)
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in params:
-        draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        total = total + (0.1 * (1 + draw.abs()) * (parameter - draw) ** 2).sum()
-    return total
-
-
-@pytest.mark.parametrize("variant", ["adamw", "lion", "shampoo"])
-def test_exact_mode_equals_the_two_gradient_recursion(variant: str) -> None:
-    """Oracle 10: h is the gradient of the present batch at the previous weights."""
-    params = parameters()
-    optimizer = MARS(params, variant=variant, exact=True, weight_decay=0.1)
-    for batch in range(20):
-        quadratic(params, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        quadratic(params, batch).backward()
-        before = [p.detach().clone() for p in params]
-        with optimizer.moments():
-            optimizer.step()
-        assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-        optimizer.zero_grad()
-    optimizer.step()
-
-    x = [nn.Parameter(p.detach().clone()) for p in parameters()]
-    references = [Reference(matrix=p.ndim == 2, variant=variant, weight_decay=0.1) for p in x]
-    previous: list[nn.Parameter] | None = None
-    for batch in range(20):
-        g = torch.autograd.grad(quadratic(x, batch), x)
-        if previous is None:
-            h = [torch.zeros_like(a) for a in g]  # last_grad starts at zero
-        else:
-            h = list(torch.autograd.grad(quadratic(previous, batch), previous))
-        previous = x
-        x = [
-            nn.Parameter(torch.from_numpy(r.step(p.detach().numpy(), a.numpy(), b.numpy())))
-            for r, p, a, b in zip(references, x, g, h, strict=True)
-        ]
-    assert difference(params, x) < 1e-12
-
-
-def test_exact_mode_equals_approximate_mode_on_a_fixed_batch() -> None:
-    exact, approximate = parameters(), parameters()
-    optimizer = MARS(exact, exact=True)
-    other = MARS(approximate, fused=False)
-    for _ in range(20):
-        quadratic(exact, 0).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        quadratic(exact, 0).backward()
-        with optimizer.moments():
-            optimizer.step()
-        optimizer.zero_grad()
-        quadratic(approximate, 0).backward()
-        other.step()
-        other.zero_grad()
-    optimizer.step()
-    assert difference(exact, approximate) < 1e-14
-
-
-def test_exact_mode_uses_the_learning_rate_of_the_moments() -> None:
-    early, late = parameters(), parameters()
-    stream = gradients(1)
-    for params, lr in ((early, 1e-3), (late, 7e-3)):
-        optimizer = MARS(params, lr=1e-3, exact=True)
-        with optimizer.moments():
-            feed(optimizer, params, stream[0])
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        optimizer.step()
-    assert difference(early, late) == 0
-
-
-def test_a_pending_update_can_be_dropped() -> None:
-    params, stream = parameters(), gradients(1)
-    optimizer = MARS(params, exact=True)
-    with optimizer.moments():
-        feed(optimizer, params, stream[0])
-    assert optimizer.pending
-    optimizer.drop_pending()
-    assert not optimizer.pending
-    optimizer.zero_grad()
-    optimizer.step()
-    assert difference(params, parameters()) == 0
-
-
-def test_exact_mode_refuses_plain_steps() -> None:
-    params, stream = parameters(), gradients(2)
-    optimizer = MARS(params, exact=True)
-    feed(optimizer, params, stream[0])
-    with pytest.raises(RuntimeError, match=r"two gradients a batch.*optimizer.moments"):
-        feed(optimizer, params, stream[1])
-    with pytest.raises(RuntimeError, match="exact=True"), MARS(parameters()).moments():
-        pass
-
-
-def test_exact_mode_maximizes_after_skipped_moments() -> None:
-    """Overflowed moments leave no update; the next previous-weights gradient has its sign."""
-    up, down = parameters(), parameters()
-    stream = gradients(3)
-    for params, sign, options in ((up, 1, {"maximize": True}), (down, -1, {})):
-        optimizer = MARS(params, exact=True, **options)
-        with optimizer.moments():
-            feed(optimizer, params, [sign * g for g in stream[0]])
-        feed(optimizer, params, [sign * g for g in stream[1]])
-        with optimizer.moments():
-            pass  # the step was skipped
-        feed(optimizer, params, [sign * g for g in stream[1]])
-        with optimizer.moments():
-            feed(optimizer, params, [sign * g for g in stream[2]])
-        optimizer.zero_grad()
-        optimizer.step()
-    assert difference(up, down) == 0
-
-
-def test_exact_mode_after_a_skipped_update_takes_c_as_g() -> None:
-    """An fp16 overflow between moments and update leaves no gradient at the previous weights."""
-    params, stream = parameters(), gradients(3)
-    optimizer = MARS(params, exact=True)
-    with optimizer.moments():
-        feed(optimizer, params, stream[0])
-    before = {p: optimizer.state[p]["exp_avg"].clone() for p in params}
-    with optimizer.moments():  # the step in between was skipped
-        feed(optimizer, params, stream[1])
-    for parameter, g in zip(params, stream[1], strict=True):
-        if parameter.ndim == 2:
-            c = g / max(1.0, float(g.norm()))
-            expected = 0.95 * before[parameter] + 0.05 * c
-            torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], expected)
-
-
-# Which parameters get what.
-
-
-def test_kinds_come_from_names_groups_and_dimensions(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.ModuleDict(
-        {"embed_tokens": nn.Embedding(4, 3), "layer": nn.Linear(3, 3), "conv": nn.Conv2d(3, 2, 1)}
-    )
-    lines = {
-        "adamw": "1 matrices MARS-AdamW, 3 vectors AdamW, 1 embeddings MARS-AdamW",
-        "lion": "1 matrices MARS-Lion, 3 vectors AdamW, 1 embeddings MARS-Lion",
-        "shampoo": "1 matrices MARS-Shampoo, 3 vectors AdamW, 1 embeddings AdamW",
-    }
-    for variant, line in lines.items():
-        optimizer = MARS(model.named_parameters(), variant=variant)  # type: ignore[arg-type]
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 0.01)
-        with caplog.at_level(logging.INFO, logger="sparring.optimizers.mars"):
-            optimizer.step()
-            optimizer.step()
-        assert [record.message for record in caplog.records] == [f"MARS: {line}"]
-        caplog.clear()
-    convolution = [{"params": [model["conv"].weight], "kind": "matrix"}]
-    optimizer = MARS(convolution, variant="shampoo")
-    optimizer.step()
-    assert optimizer.updates == {"MARS-Shampoo": 1}
-
-
-def test_nothing_to_work_on_is_refused() -> None:
-    vector = nn.Parameter(torch.zeros(3))
-    vector.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=r"no tensor gets MARS \(1 vectors AdamW\).*optimize_1d"):
-        MARS([vector]).step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr must be a finite number of at least 0, not -1.0"),
-        ({"lr": float("nan")}, "lr must be a finite number"),
-        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), not \(0.9, 1.0\)"),
-        ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"betas_1d": (-0.1, 0.9)}, "betas_1d must be"),
-        ({"eps": -1e-8}, "eps must be at least 0"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"weight_decay_1d": -0.1}, "weight_decay_1d must be at least 0"),
-        ({"lr_1d": -0.1}, "lr_1d must be at least 0"),
-        ({"lr": 0.0, "lr_1d": 0.1}, "lr must be above 0 when lr_1d is given"),
-        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], not 1.5"),
-        ({"variant": "adam"}, "variant must be one of adamw, lion, shampoo, not 'adam'"),
-        ({"orthogonaliser": "qr"}, "orthogonaliser must be one of"),
-        ({"ns_steps": 0}, "ns_steps must be at least 1"),
-        ({"foreach": True, "fused": True}, "foreach and fused"),
-        ({"lr": torch.tensor(0.1), "foreach": True}, "needs capturable=True"),
-        ({"lr": torch.ones(2)}, "one element, not 2"),
-    ],
-    ids=str,
-)
-def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MARS(parameters(), **options)
-    optimizer = MARS(parameters())
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))], **options})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_a_parameter_given_twice_is_refused() -> None:
-    matrix = nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="more than once"):
-        MARS([matrix, matrix])
-    optimizer = MARS([matrix])
-    with pytest.raises(ValueError, match="more than one"):
-        optimizer.add_param_group({"params": [matrix]})
-    with pytest.raises(ValueError, match="exact"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))], "exact": True})

@@ -52,6 +52,17 @@ def tiny_llama() -> Any:
     return model
 
 
+def tiny_gpt2(dropout: float = 0.0) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, use_cache=False
+    )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    return GPT2LMHeadModel(config)
+
+
 def whole(parameter: Tensor) -> contextlib.AbstractContextManager[None]:
     """Brings the parts of a parameter together under ZeRO 3."""
     if not hasattr(parameter, "ds_shape"):
@@ -91,7 +102,10 @@ def config(case: Mapping[str, Any]) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if case["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0
+    automatic = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    by_name = {"optimizer": {"type": "MARS", "params": automatic}} if case.get("by_name") else {}
     return {
+        **by_name,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
@@ -106,7 +120,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers import Trainer
 
-    from sparring.optimizers.deepspeed import unwrap
+    from sparring.optimizers.deepspeed import register_deepspeed, unwrap
     from sparring.optimizers.huggingface import attach_mars
 
     def trained(**options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -118,13 +132,17 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             PartialState(backend="gloo")
             options["deepspeed"] = config(case)
             options["accelerator_config"] = {"use_configured_state": True}
+        if case.get("by_name"):
+            register_deepspeed()
+            options |= {"adam_beta1": 0.95, "adam_beta2": 0.99}
         args = arguments(folder, dist.get_world_size(), **options)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         resume = case.get("resume") and "save_steps" not in options
         model = tiny_llama()
         split = any(hasattr(parameter, "ds_shape") for parameter in model.parameters())
         trainer = Trainer(model=model, args=args, train_dataset=rows())
-        attach_mars(trainer, **case["options"])
+        if not case.get("by_name"):
+            attach_mars(trainer, **case["options"])
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
         weights = {}
         for name, parameter in trainer.model.named_parameters():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -33,6 +34,9 @@ SHAPES = {
     "e": (2,),
     "f": (2, 2),
 }
+# Of mixed kinds, so that a flat partition holds matrices and vectors; on three ranks the last is
+# smaller than its padding.
+GROUPS = (["a", "b", "c", "embed"], ["d", "e"], ["f"])
 STEPS = 8
 PREVIOUS = 50
 """Exact mode's gradients at the previous weights are those of a step 50 later."""
@@ -49,8 +53,13 @@ def draw(shape: tuple[int, ...], seed: int, most: int = 7) -> Tensor:
     return odd.float() * 3 / 8
 
 
-def given(step: int, number: int, shape: tuple[int, ...]) -> Tensor:
-    """The gradient: large in two tensors, whose clip binds, and of a norm below one in others."""
+def given(step: int, number: int, shape: tuple[int, ...], lora: bool = False) -> Tensor:
+    """The gradient: large in two tensors, whose clip binds, and of a norm below one in others.
+
+    In the shape of LoRA every second tensor is an A, whose first gradient is zero, as B is.
+    """
+    if lora and step == 0 and number % 2 == 0:
+        return torch.zeros(shape)
     return draw(shape, 100 * (step + 1) + number) * scale(number)
 
 
@@ -61,8 +70,9 @@ def scale(number: int) -> float:
 class Model(nn.Module):
     """A loss whose gradient at step t is given: sum over parameters of <p, G_t>."""
 
-    def __init__(self) -> None:
+    def __init__(self, lora: bool = False) -> None:
         super().__init__()
+        self.lora = lora
         for number, (name, shape) in enumerate(SHAPES.items()):
             self.register_parameter(name, nn.Parameter(draw(shape, number)))
         self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
@@ -70,15 +80,15 @@ class Model(nn.Module):
     def forward(self, step: Tensor, part: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         for number, (name, shape) in enumerate(SHAPES.items()):
-            gradient = given(step.item(), number, shape)
+            gradient = given(step.item(), number, shape, self.lora)
             # Ranks and micro-batches differ, and average to the gradient given.
             noise = draw(shape, 9000 + number, most=1) * scale(number) * part.item()
             total = total + (getattr(self, name).float() * (gradient + noise)).sum()
         return total
 
 
-def plain(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same training in one process, in float32."""
+def plain(case: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """The same training in one process, in float32; and how often the norm of a c was above 1."""
     options, clip = case["options"], case["clip"]
     model = Model()
     with torch.no_grad():
@@ -88,9 +98,19 @@ def plain(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 
     def put_gradients(step: int) -> None:
         for number, name in enumerate(SHAPES):
-            getattr(model, name).grad = given(step, number, SHAPES[name])
+            getattr(model, name).grad = given(step, number, SHAPES[name], bool(case.get("lora")))
         if clip:
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+
+    clipped = 0
+
+    def count_clips() -> None:
+        nonlocal clipped
+        for name in matrices(case):
+            parameter = getattr(model, name)
+            g = parameter.grad
+            h = optimizer.state[parameter].get("last_grad", torch.zeros_like(g))
+            clipped += bool((g + 0.475 * (g - h)).norm() > 1)
 
     for step in range(STEPS):
         if step == case.get("overflow"):
@@ -101,14 +121,52 @@ def plain(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
         if options.get("exact"):
             if step:
                 put_gradients(step + PREVIOUS)
+                if step == case.get("lost_update"):
+                    optimizer.found_inf = torch.ones(())  # a GradScaler's way to skip it
                 optimizer.step()
+                vars(optimizer).pop("found_inf", None)
             put_gradients(step)
+            count_clips()
             with optimizer.moments():
                 optimizer.step()
         else:
             put_gradients(step)
+            count_clips()
             optimizer.step()
-    return {name: getattr(model, name).detach() for name in SHAPES}
+    return {name: getattr(model, name).detach() for name in SHAPES}, clipped
+
+
+def matrices(case: dict[str, Any]) -> list[str]:
+    """The parameters that get MARS."""
+    options = case["options"]
+    tables = options.get("variant") != "shampoo" or options.get("shampoo_embeddings")
+    vectors = options.get("optimize_1d")
+    return [
+        name
+        for name, shape in SHAPES.items()
+        if (vectors or len(shape) == 2) and (tables or name != "embed")
+    ]
+
+
+def held(case: dict[str, Any]) -> list[str]:
+    """The parameters of which this rank holds a part under the case's sharding."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = [list(SHAPES)] if case.get("by_name") else GROUPS
+    found = []
+    for names in parts:
+        sizes = {name: math.prod(SHAPES[name]) for name in names}
+        if case["stage"] == 0:
+            found += names
+        elif case["stage"] == 3:  # every parameter is split into equal stretches
+            found += [name for name, size in sizes.items() if rank * -(-size // world) < size]
+        else:  # the whole group is, padded to a multiple of twice the ranks
+            stretch = 2 * -(-sum(sizes.values()) // (2 * world))
+            end = 0
+            for name, size in sizes.items():
+                start, end = end, end + size
+                if start < (rank + 1) * stretch and end > rank * stretch:
+                    found.append(name)
+    return found
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -116,11 +174,10 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups of mixed kinds, so that a flat partition holds matrices and vectors; the last is
-    smaller than three ranks."""
-    named = [(name, getattr(model, name)) for name in SHAPES]
-    parts = (named[:4], 0.1), (named[4:6], 0.0), (named[6:], 0.0)
-    return [{"params": part, "weight_decay": decay} for part, decay in parts]
+    return [
+        {"params": [(name, getattr(model, name)) for name in names], "weight_decay": decay}
+        for names, decay in zip(GROUPS, (0.1, 0.0, 0.0), strict=True)
+    ]
 
 
 def configuration(case: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +201,10 @@ def configuration(case: dict[str, Any]) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if "universal" in case:
         config["checkpoint"] = {"load_universal": True}
-    if "overflow" in case:  # fp16, which always looks for overflows, does not run on a CPU
+    if case.keys() & {
+        "overflow",
+        "lost_update",
+    }:  # fp16, which always looks for overflows, does not run on a CPU
         config["bf16"]["check_grad_overflow"] = True
     if case.get("by_name"):
         config["optimizer"] = {"type": "MARS", "params": case["options"]}
@@ -163,7 +223,7 @@ class Training:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 self.model = Model()
         else:
-            self.model = Model()
+            self.model = Model(lora=bool(case.get("lora")))
         if case.get("by_name"):
             optimizer, parameters = None, trained(self.model)
         else:
@@ -178,7 +238,7 @@ class Training:
         for number in range(micro):
             # These parts sum to zero over ranks and micro-batches.
             part = rank * micro + number - (world * micro - 1) / 2
-            if step == self.case.get("overflow"):
+            if step in (self.case.get("overflow"), self.case.get("lost_update", 0) + PREVIOUS):
                 part = float("inf")
             self.engine.set_gradient_accumulation_boundary(number == micro - 1)
             self.engine.backward(self.engine(torch.tensor(step), torch.tensor(part)))
@@ -234,10 +294,16 @@ def run(case: dict[str, Any], scratch: Path) -> dict[str, Any]:
         training.train(STEPS // 2, STEPS)
     else:
         training.train(0, STEPS)
-    found, expected = training.weights(), plain(case, dtype)
+    found, (expected, clipped) = training.weights(), plain(case, dtype)
+    steps = STEPS // 2 if case.get("resume") or "universal" in case else STEPS
+    # Exact mode's last update is not made here, an overflow's is skipped.
+    steps -= ("overflow" in case) + ("lost_update" in case)
+    steps -= bool(case["options"].get("exact") and not case.get("resume"))
     facts = {
         "wrapper": type(training.wrapped).__name__,
-        "updates": dict(training.mars.updates),
+        "updates": sum(n for rule, n in training.mars.updates.items() if rule != "AdamW"),
+        "updates_due": steps * len([name for name in held(case) if name in matrices(case)]),
+        "clipped": clipped / (len(matrices(case)) * STEPS),
         "max_abs_diff": difference(found, expected),
         "moved": difference(expected, {name: getattr(Model(), name) for name in SHAPES}),
     }
