@@ -26,8 +26,8 @@ def load_prompts(
     Args:
         path_or_id: file, folder, or hub id such as "owner/name".
         split_name: which split of a dataset; not used for files.
-        first_turn: of `messages`, take what precedes the first answer as the prompt, and that answer
-            as the real response; the rest of the conversation is left out.
+        first_turn: of `messages`, take what precedes the first answer as the prompt, and that
+            answer as the real response; the rest of the conversation is left out.
 
     Raises:
         SparringError: nothing there, a malformed line or row (named), no prompts, duplicate ids.
