@@ -86,13 +86,15 @@ def angles(torsions: Tensor) -> Tensor:
     return torch.atan2(torsions[..., 0], torsions[..., 1])
 
 
-def standard_torsions(sequence: str, phi: float | None = None, psi: float | None = None) -> Tensor:
+def standard_torsions(
+    sequence: str, phi: Tensor | float | None = None, psi: Tensor | float | None = None
+) -> Tensor:
     """(N, 7) radians, float64: a trans chain with standard side chains (residues.Geometry.rest).
 
     Args:
         sequence: one-letter codes.
-        phi: radians, of all residues; without it extended (-120 degrees).
-        psi: radians, of all residues; without it extended (140 degrees).
+        phi: radians, of all residues or (N,); without it extended (-120 degrees).
+        psi: radians, of all residues or (N,); without it extended (140 degrees).
     """
     types = types_of(sequence)
     torsions = _tables(types.device, torch.float64).rest[types]

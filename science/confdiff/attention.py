@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sparring.science.confdiff.frames import turned
 from sparring.science.confdiff.sizes import NetworkSize
 
 
@@ -37,6 +38,11 @@ def initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def exact(like: Tensor) -> torch.autocast:
+    """No autocast on that tensor's device: for geometry, which half precision would blur."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class Mlp(nn.Sequential):
@@ -92,8 +98,7 @@ class InvariantPointAttention(nn.Module):
         size = self.size
         q, k, v = self.scalars(node).unflatten(-1, (size.heads, -1)).chunk(3, -1)
         local = self.points(node).unflatten(-1, (size.heads, -1, 3)).to(rotations.dtype)
-        placed = torch.einsum("bnij,bnhpj->bnhpi", rotations, local)
-        placed = placed + translations[:, :, None, None]
+        placed = turned(rotations[:, :, None, None], local) + translations[:, :, None, None]
         ends = [size.query_points, size.query_points, size.value_points]
         query_points, key_points, value_points = torch.split(placed, ends, -2)
 
@@ -109,9 +114,9 @@ class InvariantPointAttention(nn.Module):
 
         scalars = torch.einsum("bhij,bjhd->bihd", share.to(v.dtype), v)
         pairs = torch.einsum("bhij,bijz->bihz", share.to(v.dtype), self.pair_values(edge))
-        points = torch.einsum("bhij,bjhpx->bihpx", share.to(placed.dtype), value_points)
-        points = points - translations[:, :, None, None]
-        points = torch.einsum("bnij,bnhpi->bnhpj", rotations, points)
+        with exact(placed):
+            points = torch.einsum("bhij,bjhpx->bihpx", share.to(placed.dtype), value_points)
+        points = turned(rotations.mT[:, :, None, None], points - translations[:, :, None, None])
         lengths = (points.square().sum(-1) + 1e-8).sqrt()
         found = [scalars, pairs, points.flatten(-2).to(v.dtype), lengths.to(v.dtype)]
         mixed: Tensor = self.out(torch.cat(found, -1).flatten(-2))

@@ -53,6 +53,8 @@ class MdConfig(ForceFieldConfig):
     """1/ps, of the Langevin thermostat."""
     start: Literal["extended", "helix", "both"] = "extended"
     """Where replicas begin without --pdb; "both": in turn."""
+    torsions: tuple[float, ...] = ()
+    """Phi and psi in degrees of residue after residue: one more start, in turn with `start`."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,6 +67,11 @@ class MdConfig(ForceFieldConfig):
         ):
             positive(name, getattr(self, name))
         within("equilibration", self.equilibration, 0, math.inf)
+        if self.sequence and len(self.torsions) not in (0, 2 * len(self.sequence)):
+            raise ValueError(
+                f"torsions are phi and psi of each residue, {2 * len(self.sequence)} numbers for "
+                f"{self.sequence}, not {len(self.torsions)}"
+            )
         if self.save_every * 1000 < self.timestep:
             raise ValueError(
                 f"save_every ({self.save_every} ps) is shorter than a time step "
@@ -101,6 +108,9 @@ class StructuresConfig:
 class LabelConfig(ForceFieldConfig):
     """Energies and forces of structures that have none."""
 
+    relaxed: bool = False
+    """Also the energy with side chains and hydrogens relaxed about the held backbone: labels with
+    less noise, for `guide.energy`."""
     chunk: int = 100
     """Structures a shard."""
 
@@ -158,9 +168,11 @@ class ConformationTrainConfig(TrainingConfig):
     sequence: bool = True
     """Tell the network the amino acids; without them it is the unconditional model of the
     mixture."""
-    t_min: float = 0.01
-    """Earliest time, where sampling ends: the paper's, with 0.45 A of noise left. 0.001 leaves 0.1
-    A, and asks for more steps in sampling."""
+    t_min: float = 0.002
+    """Earliest time, where sampling ends, with 0.15 A of noise left; the paper's 0.01 leaves
+    0.45 A."""
+    times: Literal["uniform", "quadratic"] = "uniform"
+    """How t is drawn: the paper's, or t_min + (1 - t_min) u^2, more often near the end."""
     loss: LossConfig = LossConfig()
 
     def __post_init__(self) -> None:
@@ -179,6 +191,12 @@ class GuideConfig(TrainingConfig):
     "energy": contrastive prediction of the intermediate energy (arXiv 2304.12824)."""
     temperature: float = 300.0
     """K that samples shall have; the data's own temperature is recorded with it."""
+    energy: Literal["measured", "relaxed"] = "measured"
+    """"measured": weights from each structure's energy; "relaxed": from its regression on the
+    relaxed energy of conf label, with far less noise and a small bias."""
+    times: Literal["uniform", "quadratic"] = "quadratic"
+    """How t is drawn: as the paper's base model, or t_min + (1 - t_min) u^2, more often near the
+    end, where a structure's energy is still seen."""
     steps: int = 5000
     """Optimizer steps."""
     lr: float = 3e-4
@@ -190,7 +208,9 @@ class GuideConfig(TrainingConfig):
     batch: int = 128
     """Structures an optimizer step, over all ranks."""
     micro_batch: int = 128
-    """Structures a rank's forward pass; energy: each is one contrast of one chain at one time."""
+    """Structures a rank's forward pass; energy: at least one contrast."""
+    contrast: int = 16
+    """energy: structures that are contrasted with one another, of one chain at one time."""
     ema: float = 0.999
     """Decay of a moving average of the weights, which then is the result; 0: none."""
     save_every: int = 500
@@ -204,6 +224,9 @@ class GuideConfig(TrainingConfig):
         super().__post_init__()
         positive("temperature", self.temperature)
         positive("steps", self.steps)
+        within("contrast", self.contrast, 2, math.inf)
+        if self.kind == "energy":
+            within("batch", self.batch, 2, math.inf)
         within("anchor", self.anchor, 0, math.inf)
 
 
@@ -222,8 +245,8 @@ class ConformationSampleConfig:
     steps."""
     steps: int = 200
     """Network calls of a sample (heun: twice so many)."""
-    grid: Literal["uniform", "quadratic"] = "uniform"
-    """Times of the steps: the paper's, or finer towards the end, which heun wants."""
+    grid: Literal["quadratic", "uniform"] = "quadratic"
+    """Times of the steps: finer towards the end, or the paper's, which wants 1000 steps."""
     gamma: float = 1.0
     """Weight of the conditional score; the unconditional one has the rest."""
     eta: float = 1.0
@@ -232,10 +255,11 @@ class ConformationSampleConfig:
     """K; 0: the guide's, or the base model's without one. Another one is refused: it takes a guide
     that was trained for it."""
     correction: Literal["none", "weights", "smc"] = "none"
-    """"weights": log-weights that undo the guide's error; "smc": and resampling within a batch.
-    Both need an energy guide and solver sde."""
+    """"weights": log-weights by which samples follow the learnt energy at any eta; "smc": and
+    resampling within a batch. Both need an energy guide and solver sde."""
     filter: bool = True
-    """Try again where a structure has a broken chain or a clash; not with a correction."""
+    """Try again where a structure has a broken chain or a clash, which changes the law by what it
+    leaves out; not with a correction."""
     attempts: int = 20
     """Tries of each sample before the stage fails."""
     batch: int = 100

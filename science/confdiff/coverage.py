@@ -15,7 +15,6 @@ from scipy.spatial.distance import cdist
 
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.metrics import Float64, FloatArray, normalised
-from sparring.science.confdiff.structures import mdtraj_module
 
 
 def superposed(ca: FloatArray, onto: FloatArray) -> Float64:
@@ -35,16 +34,17 @@ def rmsd(ca: FloatArray, state: FloatArray) -> Float64:
     return np.asarray(np.sqrt((moved**2).sum(axis=-1).mean(axis=-1)))
 
 
-def rmsf(ca: FloatArray, onto: FloatArray) -> Float64:
-    """(N,) nm, mdtraj's root mean square fluctuation about the mean, superposed on one structure.
+def rmsf(ca: FloatArray, onto: FloatArray, log_weights: FloatArray | None = None) -> Float64:
+    """(N,) nm, root mean square fluctuation about the mean, superposed on one structure.
 
     Args:
         ca: (S, N, 3).
         onto: (N, 3), on which all are superposed before the mean is taken.
+        log_weights: (S,).
     """
-    mdtraj = mdtraj_module()
-    ensemble = mdtraj.Trajectory(superposed(ca, onto), None)
-    return np.asarray(mdtraj.rmsf(ensemble, None), dtype=np.float64)
+    places, weights = superposed(ca, onto), normalised(log_weights, len(ca))
+    apart = places - np.einsum("s,sni->ni", weights, places)
+    return np.asarray(np.sqrt(weights @ (apart**2).sum(axis=-1)))
 
 
 def best_rmsd(ca: FloatArray, states: FloatArray) -> Float64:
@@ -77,15 +77,27 @@ def best_tm(ca: FloatArray, states: FloatArray, sequence: str) -> Float64:
     return np.array([max(tm_score(x, state, sequence) for x in ca) for state in states])
 
 
-def pairwise_rmsd(ca: FloatArray, pairs: int = 100, seed: int = 0) -> float:
-    """Mean RMSD in nm over at most `pairs` random pairs of structures: an ensemble's diversity."""
+def pairwise_rmsd(
+    ca: FloatArray, log_weights: FloatArray | None = None, pairs: int = 100, seed: int = 0
+) -> float:
+    """Mean RMSD in nm over random pairs of structures: an ensemble's diversity.
+
+    Args:
+        ca: (S, N, 3).
+        log_weights: (S,); a pair (a, b), a < b, counts with w_a w_b.
+        pairs: at most so many.
+        seed: of their choice.
+    """
     i, j = np.triu_indices(len(ca), 1)
     if not len(i):
         raise SparringError("pairwise RMSD needs at least two structures")
     if len(i) > pairs:
         chosen = np.random.default_rng(seed).choice(len(i), pairs, replace=False)
         i, j = i[chosen], j[chosen]
-    return float(np.mean([rmsd(ca[a : a + 1], ca[b])[0] for a, b in zip(i, j, strict=True)]))
+    weights = normalised(log_weights, len(ca))
+    shares = np.maximum(weights[i] * weights[j], np.finfo(np.float64).tiny)
+    apart = [rmsd(ca[a : a + 1], ca[b])[0] for a, b in zip(i, j, strict=True)]
+    return float(np.average(apart, weights=shares))
 
 
 class GaussianW2(NamedTuple):
@@ -157,12 +169,18 @@ def empirical_w2(a: FloatArray, b: FloatArray) -> float:
 
 
 def pca_w2(
-    test: FloatArray, reference: FloatArray, onto: FloatArray, joint: bool = False, seed: int = 0
+    test: FloatArray,
+    reference: FloatArray,
+    onto: FloatArray,
+    joint: bool = False,
+    seed: int = 0,
+    log_weights: FloatArray | None = None,
+    most: int = 1000,
 ) -> float:
     """W2 in nm an atom, in the first two principal components of the reference.
 
     Empirical W2 of the projections divided by sqrt(N). The larger ensemble is thinned at random
-    to the smaller one's size.
+    to the smaller one's size; weighed structures are drawn by their weights.
 
     Args:
         test: (S, N, 3).
@@ -170,11 +188,16 @@ def pca_w2(
         onto: (N, 3), what both are superposed on.
         joint: components of both ensembles, each with half the weight, not of the reference.
         seed: of the thinning.
+        log_weights: (S,), of the test structures.
+        most: structures of each; the time of the assignment grows with their cube.
     """
     generator = np.random.default_rng(seed)
-    count = min(len(test), len(reference))
+    count = min(len(test), len(reference), most)
     if count < 2:
         raise SparringError("principal components need at least two structures of each ensemble")
+    if log_weights is not None:
+        shares = normalised(log_weights, len(test))
+        test = np.asarray(test)[generator.choice(len(test), len(test), p=shares)]
     ours, theirs = (
         superposed(x, onto)[np.sort(generator.permutation(len(x))[:count])].reshape(count, -1)
         for x in (test, reference)
@@ -185,6 +208,45 @@ def pca_w2(
     first = components[:2].T
     atoms = np.shape(onto)[0]
     return empirical_w2((ours - mean) @ first, (theirs - mean) @ first) / float(np.sqrt(atoms))
+
+
+def figures(
+    test: FloatArray,
+    reference: FloatArray,
+    log_weights: FloatArray | None = None,
+    states: FloatArray | None = None,
+    sequence: str = "",
+) -> dict[str, float]:
+    """Metrics by superposition of CA coordinates, all superposed on the first reference structure.
+
+    Args:
+        test: (S, N, 3).
+        reference: (R, N, 3).
+        log_weights: (S,).
+        states: (K, N, 3) known states to be covered.
+        sequence: N one-letter codes, of which TM-scores of states need five or more.
+
+    Returns:
+        rmsf and reference_rmsf, means over residues in nm; rmsf_r, their correlation over three
+        residues or more; rmwd and its parts; pairwise_rmsd and pca_w2 of two structures or more;
+        with states rmsd_coverage (nm) and tm_coverage, means over states of the best sample's.
+    """
+    onto = reference[0]
+    ours, theirs = rmsf(test, onto, log_weights), rmsf(reference, onto)
+    found = {"rmsf": float(ours.mean()), "reference_rmsf": float(theirs.mean())}
+    if min(len(test), len(reference)) > 1:
+        found["pca_w2"] = pca_w2(test, reference, onto, log_weights=log_weights)
+        found["pairwise_rmsd"] = pairwise_rmsd(test, log_weights)
+        found["reference_pairwise_rmsd"] = pairwise_rmsd(reference)
+        if len(ours) > 2:
+            found["rmsf_r"] = rmsf_correlation([ours], [theirs])
+    spread = rmwd(test, reference, onto, log_weights)
+    found |= {f"rmwd_{name}": value for name, value in spread._asdict().items()}
+    if states is not None:
+        found["rmsd_coverage"] = float(best_rmsd(test, states).mean())
+        if len(sequence) > 4:
+            found["tm_coverage"] = float(best_tm(test, states, sequence).mean())
+    return found
 
 
 def rmsf_correlation(test: Sequence[FloatArray], reference: Sequence[FloatArray]) -> float:

@@ -222,6 +222,20 @@ def read_conformations(folders: Sequence[Path]) -> list[Conformation]:
     return rows
 
 
+def one_kind(rows: Sequence[Conformation]) -> None:
+    """Refuse energies that do not compare.
+
+    Raises:
+        SparringError: thermal energies beside those of relaxed hydrogens, or of unknown kind.
+    """
+    kinds = sorted({row.energy_kind or "unknown" for row in rows})
+    if len(kinds) > 1:
+        raise SparringError(
+            f"energies are of several kinds ({', '.join(kinds)}), which do not compare; give data "
+            "of conf md alone, or structures that conf label labelled all"
+        )
+
+
 def bucketed(
     lengths: Sequence[int], size: int, steps: int, seed: int, *, window: int = 32
 ) -> list[list[int]]:

@@ -22,7 +22,7 @@ from sparring.science.confdiff.config import (
     ConformationEvaluateConfig,
     inverse_temperature_change,
 )
-from sparring.science.confdiff.dataset import read_conformations
+from sparring.science.confdiff.dataset import one_kind, read_conformations
 from sparring.science.confdiff.labels import minimised_energies
 from sparring.science.confdiff.results import PANELS
 from sparring.science.confdiff.rows import Conformation
@@ -79,6 +79,7 @@ def weights_of(ensemble: Ensemble, reweight: float) -> Array | None:
         raise SparringError(
             "reweighting needs the energy and the temperature of every structure: those of conf md"
         )
+    one_kind(rows)
     (source,) = temperatures
     assert source is not None
     energies = np.array([row.energy for row in rows], dtype=np.float64)
@@ -135,7 +136,45 @@ def _energy_figures(energies: Array, logs: Array | None) -> dict[str, float]:
         return {}
     mean = metrics.weighted_mean(energies, logs)
     spread = metrics.weighted_mean((energies - mean) ** 2, logs)
-    return {"energy": mean, "energy_std": float(np.sqrt(spread)), "energies": float(len(energies))}
+    # Beside the mean: one structure whose atoms lie on each other has the energy of a million.
+    order = np.argsort(energies)
+    shares = metrics.normalised(logs, len(energies))[order].cumsum()
+    middle = energies[order][min(int(np.searchsorted(shares, 0.5)), len(energies) - 1)]
+    return {
+        "energy": mean,
+        "energy_median": float(middle),
+        "energy_std": float(np.sqrt(spread)),
+        "energies": float(len(energies)),
+    }
+
+
+def _torsion_figures(
+    sample: Ensemble, reference: Ensemble, replicas: int, logs: Array | None
+) -> dict[str, float]:
+    ours, theirs = sample.phi_psi(), reference.phi_psi()
+    found: dict[str, float] = {}
+    compared = {"js_phi_psi": metrics.js_phi_psi}
+    if np.isfinite(theirs[0]).all(-1).any():  # a dipeptide without caps has no pair of them
+        compared["js_ramachandran"] = metrics.js_ramachandran
+    for name, metric in compared.items():
+        distance = metric(ours, theirs, logs)
+        found |= {name: distance.js, f"{name}_hit_rate": distance.hit_rate}
+        found[f"{name}_floor"] = metrics.noise_floor(metric, np.array_split(theirs, replicas)).js
+    return found
+
+
+def _states(inputs: Mapping[str, Path], sequence: str) -> Array | None:
+    """(K, N, 3) CA of the known states of this sequence, if they are given.
+
+    Raises:
+        SparringError: none of them is of this sequence.
+    """
+    if "states" not in inputs:
+        return None
+    rows = [r for r in read_conformations([inputs["states"]]) if r.sequence == sequence]
+    if not rows:
+        raise SparringError(f"{inputs['states']} has no structure of {sequence[:40]}")
+    return np.stack([atoms_array(row)[:, 1] for row in rows]).astype(np.float64)
 
 
 def run(
@@ -158,24 +197,14 @@ def run(
     logs = weights_of(sample, config.reweight)
     replicas = reference.replicas(inputs["reference"])
     figures: Figures = metrics.compare(sample.ca, replicas, config.lag, logs)
-    angles = [ensemble.phi_psi() for ensemble in (sample, reference)]
-    torsions = metrics.js_phi_psi(angles[0], angles[1], logs)
-    floor = metrics.noise_floor(
-        metrics.js_phi_psi, np.array_split(angles[1], max(len(replicas), 1))
-    )
+    figures |= _torsion_figures(sample, reference, len(replicas), logs)
     figures |= {
-        "js_phi_psi": torsions.js,
-        "js_phi_psi_hit_rate": torsions.hit_rate,
-        "js_phi_psi_floor": floor.js,
         "peptide_break": metrics.peptide_break(sample.atoms, logs),
         "structures": float(len(sample.rows)),
         "ess": metrics.effective_sample_size(logs) if logs is not None else 1.0,
     }
-    spread = coverage.rmwd(sample.ca, reference.ca, reference.ca[0], logs)
-    figures |= {f"rmwd_{name}": value for name, value in spread._asdict().items()}
-    for name, ensemble in (("", sample), ("reference_", reference)):
-        if len(ensemble.rows) > 1:
-            figures[f"{name}pairwise_rmsd"] = coverage.pairwise_rmsd(ensemble.ca)
+    known = _states(inputs, sample.sequence)
+    figures |= coverage.figures(sample.ca, reference.ca, logs, known, sample.sequence)
     tica = metrics.TicaModel(replicas, config.lag) if len(sample.sequence) > 2 else None
     panels = _panel(sample, tica, logs)
     panels |= {f"reference_{k}": v for k, v in _panel(reference, tica, None).items()}

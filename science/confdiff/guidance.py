@@ -3,7 +3,8 @@
     mixture    gamma s_cond + (1 - gamma) s_uncond              ConfDiff, arXiv 2403.14088, §3.2
     guided     s - eta grad E_t                                 ibid., §3.3
 
-Only eta = 1 with the exact E_t samples q_0 e^(-k E). On a line with q_0 = N(0, 1) and
+Only eta = 1 with the exact E_t of the same q_0 samples q_0 e^(-k E); a mixture has another q_0 than
+its parts, so that with gamma < 1 guidance is an approximation. On a line with q_0 = N(0, 1) and
 k E = (x - 1.5)^2 / 2, that is N(0.75, 0.5); eta = 2 gives N(1.125, 0.298), not the N(1.0, 0.333) of
 the doubled energy, and E_0's gradient at all times N(1.006, 0.337). For another eta, weigh the
 samples (smc.py).

@@ -1,7 +1,7 @@
 """Losses of what turns q_0, the base model, into p_0 ~ q_0 e^(-k E): pure functions, unreduced.
 
 With E_t(x_t) = -log E[e^(-k E(x_0)) | x_t], log p_t = log q_t - E_t + const. Two estimators that
-agree (tests/science/confdiff/test_losses.py):
+agree (tests/science/confdiff/test_guidance_losses.py):
 
     contrastive energy prediction   fits E_t   (Lu et al., arXiv 2304.12824; ConfDiff's Energy)
     weighted score matching         fits F_t = grad E_t (as in arXiv 2503.04975; ConfDiff's Force
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparring.science.confdiff.losses import masked_mean, tangent_loss
+from sparring.science.confdiff.config import GAS_CONSTANT
+from sparring.science.confdiff.frames import Frames
+from sparring.science.confdiff.losses import masked_mean, tangent_dot
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.tangent import Tangent
 
@@ -70,20 +72,25 @@ def force_loss(
     base_score: Tangent,
     conditional_score: Tangent,
     weights: Tensor,
+    expected: Tensor,
     t: Tensor,
     mask: Tensor,
     process: Process,
 ) -> Tensor:
-    """w |s_q(x_t) - grad log q(x_t | x_0) - h|^2, in units of the scores; least if h = F_t.
+    """w |h|^2 - 2 (w - c) h d, d = s_q(x_t) - grad log q(x_t | x_0); least if h = F_t.
 
-    For then h is the mean of s_q - grad log q(x_t | x_0) over p(x_0 | x_t) ~ q(x_0 | x_t) w(x_0):
-    s_q - s_p. Sums over both translations and rotations.
+    With c = 0 that is weighted score matching, w |d - h|^2 but for a constant: h is the mean of d
+    over p(x_0 | x_t) ~ q(x_0 | x_t) w(x_0), s_q - s_p. As E[d | x_t] = 0, any c(x_t) leaves this
+    minimum where it is; near c = E[w | x_t] the noise of d is multiplied by w - c in place of w.
+    (With c = 0 a guide would also learn the error of a base model that is not s_q.) In units of the
+    scores, translations and rotations together.
 
     Args:
         force: (B, N, 3) h, 1/nm and 1/rad.
         base_score: (B, N, 3) s_q(x_t), of the trained base model, without gradient.
         conditional_score: (B, N, 3) `Process.score_given`.
         weights: (B,) e^(-k E(x_0)), over its mean over the data set.
+        expected: (B,) c, an estimate of E[w | x_t], without gradient.
         t: (B,).
         mask: (B, N) bool.
         process: whose scales.
@@ -91,24 +98,60 @@ def force_loss(
     Returns:
         (B,)
     """
-    target = base_score.plus(conditional_score, -1.0)
-    square = tangent_loss(force, target, t, mask, process)
-    return weights.to(square) * square
+    noise = base_score.plus(conditional_score, -1.0)
+    w, apart = (v.to(force.translation)[:, None, None] for v in (weights, weights - expected))
+    return tangent_dot(force, force.times(w).plus(noise, -2 * apart), t, mask, process)
+
+
+def mean_weight_loss(energy: Tensor, weights: Tensor) -> Tensor:
+    """e^(-f) + w f, at its least if e^(-f) = E[w | x_t], f = E_t; 1 if f = 0 and w has its mean.
+
+    Poisson's likelihood, whose slope grows with w only, where a square's grows with w e^(-f).
+
+    Args:
+        energy: (B,) f(x_t, t).
+        weights: (B,) e^(-k E(x_0)), over its mean over the data set.
+
+    Returns:
+        (B,)
+    """
+    return (-energy).exp() + weights.to(energy) * energy
+
+
+def anchor_target(
+    base_score: Tangent, forces: Tensor, frames: Frames, temperature: float, mask: Tensor
+) -> Tangent:
+    """s_q - f / (R T_target), (B, N, 3): its mean with weights w given x_0 is F_0.
+
+    For s_q = E[f | x] / (R T_data) and s_p = E[w f | x] / E[w | x] / (R T_target) at t = 0, and
+    F_0 = s_q - s_p: the mean force, not that of one structure.
+
+    Args:
+        base_score: (B, N, 3) s_q of frames.
+        forces: (B, N, 6) simulated forces f = -grad U in kJ/mol/nm and torques in kJ/mol, along
+            the laboratory's axes.
+        frames: (B, N) clean frames.
+        temperature: T_target in K.
+        mask: (B, N) bool.
+    """
+    reduced = (forces / (GAS_CONSTANT * temperature)).to(base_score.translation)
+    # Torques act about each body's own axes.
+    torque = (reduced[..., None, 3:] @ frames.rotations.to(reduced))[..., 0, :]
+    simulated = Tangent(reduced[..., :3], torque).projected(mask)
+    return base_score.plus(simulated, -1.0)
 
 
 def force_anchor_loss(force: Tangent, target: Tangent, mask: Tensor, weights: Tensor) -> Tensor:
     """w mean_i |F_0 - target|^2 at t = 0, where F_0 = grad (k E): ConfDiff's anchor by MD's forces.
 
-    A target for one structure is -k f, for MD's f = -grad U (mind the sign) as force and torque
-    on rigid residues. Its mean over structures with the same frames is F_0 to first order in k; the
-    exact F_0 = b_high E[f | x] - b_low E[w f | x] / E[w | x], b = 1 / RT, needs both means. So give
-    this a low weight, or none: :func:`force_loss` alone is exact.
+    With the target of :func:`anchor_target` and weights w it is least at F_0. Forces of single
+    structures are very noisy: give this a low weight, or none; :func:`force_loss` alone is exact.
 
     Args:
         force: (B, N, 3) F_0, 1/nm and 1/rad.
         target: (B, N, 3) in the same units, torques along the body's axes.
         mask: (B, N) bool.
-        weights: (B,); ones for the mean over q_0.
+        weights: (B,) e^(-k E(x_0)), over its mean over the data set.
 
     Returns:
         (B,) 1/nm^2 plus 1/rad^2.

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.attention import Mlp
+from sparring.science.confdiff.frames import turned
 from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork, FrameModel
 from sparring.science.confdiff.sizes import NetworkSize
 from sparring.science.confdiff.trunk import Mixer
@@ -149,23 +150,22 @@ class Forces(ModelOutput):  # type: ignore[misc]
     """(B, N, 3) 1/nm of F_t along the laboratory's axes."""
     rotation: Tensor | None = None
     """(B, N, 3) 1/rad of F_t along each body's axes."""
-    translation_0: Tensor | None = None
-    """(B, N, 3) 1/nm of the head F_0."""
-    rotation_0: Tensor | None = None
-    """(B, N, 3) 1/rad of the head F_0."""
+    energy: Tensor | None = None
+    """(B,) E_t, without unit: e^(-E_t) is the mean of weights given x_t, which training needs."""
 
 
 class ForceNetwork(GuidanceModel):
-    """F_t = grad E_t as (1 - t) F_0 + t (1 - t) F_1, with F_0 = grad (k E) at t = 0, and 0 at 1.
+    """F_t = grad E_t as (1 - t) lambda(t) v, v invariant and of the size of 1; 0 at t = 1.
 
-    ConfDiff's form, but signed as the gradient of the energy: guidance takes it away from the
-    score, so that MD's force, minus a gradient, would be its negative.
+    lambda are the scores' scales (`Process.score_scale`), so that a loss in units of the scores has
+    as much gradient at small t as at large. Signed as the gradient of the energy: guidance takes it
+    away from the score, so that MD's force, minus a gradient, would be its negative.
     """
 
     def __init__(self, config: ConformationConfig) -> None:
         super().__init__(config)
-        self.first = Head(config.shape, config.head_blocks, 6)
-        self.later = Head(config.shape, config.head_blocks, 6)
+        self.force = Head(config.shape, config.head_blocks, 7)
+        self.process = config.diffusion
         self.post_init()
         self.freeze()
 
@@ -188,13 +188,11 @@ class ForceNetwork(GuidanceModel):
         )
         rotations, translations = rotations.to(exact), translations.to(exact)
         inputs = (nodes, pairs, rotations, translations, mask, initial)
-        first, later = (head(*inputs).to(exact) for head in (self.first, self.later))
-        time = t.to(exact)[:, None, None]
-        force, torque = ((1 - time) * first + time * (1 - time) * later).chunk(2, -1)
-        force_0, torque_0 = first.chunk(2, -1)
+        found = (1 - t.to(exact)[:, None, None]) * self.force(*inputs).to(exact)
+        force, torque, energy = found.split((3, 3, 1), -1)
+        scales = [scale.to(found)[:, None, None] for scale in self.process.score_scale(t)]
         return Forces(
-            translation=torch.einsum("bnij,bnj->bni", rotations, force),
-            rotation=torque,
-            translation_0=torch.einsum("bnij,bnj->bni", rotations, force_0),
-            rotation_0=torque_0,
+            translation=scales[0] * turned(rotations, force),
+            rotation=scales[1] * torque,
+            energy=energy.sum((-1, -2)),
         )

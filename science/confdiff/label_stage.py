@@ -22,7 +22,7 @@ def run(config: LabelConfig, inputs: Mapping[str, Path], output: Path, context: 
         read_conformations([inputs["data"]]),
         config.chunk,
         Conformation,
-        lambda rows: label(rows, config.solvent, config.platform),
+        lambda rows: label(rows, config.solvent, config.platform, config.relaxed),
         context,
         unit="conformations",
     )
@@ -36,10 +36,12 @@ def finish(
     before = read_conformations([inputs["data"]])
     rows = shards.merge(-(-len(before) // config.chunk), Conformation, context.work)
     write_rows(output / CONFORMATIONS, Conformation, rows)
-    energies = np.array([row.energy for row in rows], dtype=np.float64)
-    return {
+    figures: Figures = {
         "conformations": len(rows),
         "labelled": sum(row.energy is None for row in before),
-        "energy": float(energies.mean()),
-        "energy_std": float(energies.std()),
+        "kinds": sorted({row.energy_kind or "unknown" for row in rows}),
     }
+    for name in ("energy", "relaxed_energy") if config.relaxed else ("energy",):
+        energies = np.array([getattr(row, name) for row in rows], dtype=np.float64)
+        figures |= {name: float(energies.mean()), f"{name}_std": float(energies.std())}
+    return figures

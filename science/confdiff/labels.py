@@ -3,13 +3,16 @@
 Hydrogens are built onto a row's heavy atoms and minimised while every heavy atom stays exactly
 where it is (held, not sprung: there is no k and no restraint energy). Energy and forces are then of
 the bare force field, at a minimum over hydrogens; they are not those of a thermal structure, whose
-hydrogens move, so do not mix both kinds in one data set.
+hydrogens move. So each row tells its `energy_kind`, and guides refuse both in one data set.
+
+A relaxed energy is another thing beside them: side chains move too, and springs hold the backbone.
+It forgets the thermal noise of all that the backbone says nothing about (guide.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,7 +21,6 @@ from sparring.science.confdiff.physics import Molecule, Platform, Solvent, disul
 from sparring.science.confdiff.relaxation import (
     MAX_ITERATIONS,
     STIFFNESS,
-    Hold,
     Relaxation,
     complete,
 )
@@ -32,75 +34,68 @@ def label(
     rows: Sequence[Conformation],
     solvent: Solvent = "obc2",
     platform: Platform = "CPU",
-    hold: Hold = "heavy",
-    stiffness: float = STIFFNESS,
+    relaxed: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[Conformation]:
     """The rows, in their order, with energy (kJ/mol) and rigid forces where they had none.
 
-    Rows that have both stay as they are. Missing side-chain atoms are added by pdbfixer. The atoms
-    of a row do not change: with `hold="backbone"` the label is of side chains relaxed under
-    springs on the backbone, whose energy and forces do not count.
+    What a row has stays as it is, its atoms too. Missing side-chain atoms are added by pdbfixer.
 
     Args:
         rows: of any chains; a molecule is built once a chain.
         solvent: see physics.Solvent.
         platform: OpenMM's.
-        hold: see relaxation.Relaxation.
-        stiffness: kJ/mol/nm^2, of "backbone".
+        relaxed: `relaxed_energy` too, where rows have none.
         progress: called with the number of rows that are done.
 
     Raises:
         SparringError: names the row whose structure has no finite energy; and as Molecule.
     """
-    labelled = dict(_labelled(rows, solvent, platform, hold, stiffness, progress))
-    return [labelled.get(place, row) for place, row in enumerate(rows)]
-
-
-def _labelled(
-    rows: Sequence[Conformation],
-    solvent: Solvent,
-    platform: Platform,
-    hold: Hold,
-    stiffness: float,
-    progress: Callable[[int], None] | None,
-) -> Iterator[tuple[int, Conformation]]:
-    """Place and labelled row of each row without labels, chain by chain."""
-    done = 0
-    for kind, places in _by_molecule(rows).items():
-        relaxation = Relaxation(
-            Molecule(kind[0], kind[1], solvent, kind[2]), hold, stiffness, platform=platform
-        )
+    found, done = list(rows), 0
+    for kind, places in _by_molecule(rows, relaxed).items():
+        molecule = Molecule(kind[0], kind[1], solvent, kind[2])
+        hydrogens = Relaxation(molecule, "heavy", platform=platform)
+        backbone = Relaxation(molecule, "backbone", platform=platform) if relaxed else None
         for place in places:
-            yield place, _label(rows[place], relaxation)
+            found[place] = _label(rows[place], hydrogens, backbone)
             done += 1
             if progress:
                 progress(done)
+    return found
 
 
-def _by_molecule(rows: Sequence[Conformation]) -> dict[Kind, list[int]]:
-    """Places of the rows without labels, by what makes a molecule."""
+def _by_molecule(rows: Sequence[Conformation], relaxed: bool) -> dict[Kind, list[int]]:
+    """Places of the rows that lack a label, by what makes a molecule."""
     kinds: dict[Kind, list[int]] = {}
     for place, row in enumerate(rows):
-        if row.energy is None or row.forces is None:
+        if _bare(row) or (relaxed and row.relaxed_energy is None):
             kinds.setdefault((row.sequence, row.capped, disulfides(row)), []).append(place)
     return kinds
 
 
-def _label(row: Conformation, relaxation: Relaxation) -> Conformation:
+def _bare(row: Conformation) -> bool:
+    return row.energy is None or row.forces is None
+
+
+def _label(row: Conformation, hydrogens: Relaxation, backbone: Relaxation | None) -> Conformation:
     whole = complete(row)
+    given = (atoms_array(whole)[None], torsions_array(whole)[None] if row.capped else None)
     try:
-        positions, evaluation = relaxation(
-            atoms_array(whole)[None], torsions_array(whole)[None] if row.capped else None
-        )
+        if _bare(row):
+            positions, evaluation = hydrogens(*given)
+            forces = rigid_forces(hydrogens.molecule, positions, evaluation.forces)[0]
+            row = dataclasses.replace(
+                row,
+                energy=float(evaluation.energies[0]),
+                forces=forces.astype(np.float32).tobytes(),
+                energy_kind="hydrogens",
+            )
+        if backbone and row.relaxed_energy is None:
+            _, evaluation = backbone(*given)
+            row = dataclasses.replace(row, relaxed_energy=float(evaluation.energies[0]))
     except SparringError as error:
         raise SparringError(f"structure {row.number} of {row.chain}: {error}") from error
-    forces = rigid_forces(relaxation.molecule, positions, evaluation.forces)[0]
-    return dataclasses.replace(
-        row,
-        energy=float(evaluation.energies[0]),
-        forces=forces.astype(np.float32).tobytes(),
-    )
+    return row
 
 
 def minimised_energies(

@@ -243,13 +243,15 @@ def renamed(
     return torch.where(swap[..., None, None], alternative, target)
 
 
-def tangent_loss(
-    predicted: Tangent, target: Tangent, t: Tensor, mask: Tensor, process: Process
-) -> Tensor:
-    """(B,) :func:`translation_loss` + :func:`rotation_loss` of directions (B, N, 3)."""
-    return translation_loss(
-        predicted.translation, target.translation, t, mask, process
-    ) + rotation_loss(predicted.rotation, target.rotation, t, mask, process)
+def tangent_dot(a: Tangent, b: Tangent, t: Tensor, mask: Tensor, process: Process) -> Tensor:
+    """(B,) mean_i a_i b_i in units of the scores: over lambda_T^2, plus over lambda_R^2."""
+    scales = process.score_scale(t)
+    products = (a.translation * b.translation, a.rotation * b.rotation)
+    parts = [
+        masked_mean(product.sum(-1), mask) / _of(scale, product) ** 2
+        for product, scale in zip(products, scales, strict=True)
+    ]
+    return parts[0] + parts[1]
 
 
 def _before(loss: Tensor, t: Tensor, until: float) -> Tensor:

@@ -42,6 +42,7 @@ from sparring.science.confdiff.physics import (
 )
 from sparring.science.confdiff.relaxation import Relaxation, complete
 from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.starts import STARTS, by_angles, start_angles
 from sparring.science.confdiff.structures import (
     atoms_array,
     from_trajectory,
@@ -50,8 +51,6 @@ from sparring.science.confdiff.structures import (
     torsions_array,
 )
 
-STARTS = {"extended": (-120.0, 140.0), "helix": (-57.0, -47.0), "polyproline": (-75.0, 145.0)}
-"""Phi and psi in degrees of all residues at the start."""
 Progress = Callable[[int, int], None]
 """Called with the segments that are done and their number; what it raises stops the replica."""
 
@@ -75,7 +74,7 @@ class Simulation:
     replicas: int = 1
     """Independent runs."""
     start: str = "extended"
-    """A name of STARTS, or the path of a structure file with this chain."""
+    """A name of starts.STARTS, what `torsion_start` makes, or the path of a structure file."""
     seed: int = 0
     """Of velocities and noise; replica r and segment s have streams of their own."""
     timestep: float = 4.0
@@ -100,7 +99,7 @@ class Simulation:
             raise SparringError(
                 f"interval {self.interval} ps is shorter than one time step of {self.timestep} fs"
             )
-        if self.start not in STARTS and not Path(self.start).is_file():
+        if not by_angles(self.start) and not Path(self.start).is_file():
             raise SparringError(f"start {self.start!r} is no file and none of {', '.join(STARTS)}")
 
     @property
@@ -173,10 +172,10 @@ def starting_point(simulation: Simulation) -> tuple[Molecule, Float64]:
         SparringError: the structure file has no chain of this sequence and these ends.
     """
     sequence, capped = simulation.sequence, simulation.capped
-    if simulation.start in STARTS:
+    given = start_angles(sequence, simulation.start)
+    if given is not None:
         molecule = Molecule(sequence, capped, simulation.solvent)
-        phi, psi = np.radians(STARTS[simulation.start])
-        torsions = atom14.standard_torsions(sequence, phi, psi)
+        torsions = atom14.standard_torsions(sequence, *given)
         types, turns = atom14.types_of(sequence), atom14.sincos(torsions)
         atoms = np.asarray(atom14.to_atoms(atom14.chain_frames(turns, types), turns, types)[0])
         angles = np.asarray(torsions)
@@ -362,6 +361,7 @@ def conformations(folder: Path, stride: int = 1) -> list[Conformation]:
                 number=replica * simulation.frames + stride * row.number,
                 temperature=simulation.temperature,
                 energy=float(energy[row.number]),
+                energy_kind="thermal",
                 forces=forces[row.number].tobytes(),
             )
             for row in found

@@ -17,6 +17,7 @@ from sparring.science.confdiff import md
 from sparring.science.confdiff.config import MdConfig
 from sparring.science.confdiff.dataset import CONFORMATIONS
 from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.starts import torsion_start
 from sparring.science.confdiff.structures import read
 
 _STARTS = {"extended": ("extended",), "helix": ("helix",), "both": ("extended", "helix")}
@@ -77,6 +78,8 @@ def simulation(
     if not sequence:
         raise UsageError("give a sequence: --sequence AAAAA, --fasta FILE or --pdb FILE")
     starts = _STARTS[config.start]
+    if config.torsions:
+        starts += (torsion_start(config.torsions),)
     start = str(inputs["pdb"]) if "pdb" in inputs else starts[replica % len(starts)]
     return md.Simulation(
         sequence=sequence,

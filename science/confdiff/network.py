@@ -23,6 +23,8 @@ from sparring.science.confdiff.rows import TORSIONS
 from sparring.science.confdiff.sizes import SIZES, NetworkSize
 from sparring.science.confdiff.trunk import Trunk
 
+WEIGHTS = "model.safetensors"
+
 
 class ConformationConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a network on frames is, and what noise it was trained on."""
@@ -96,8 +98,8 @@ class FrameModel(PreTrainedModel):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The trunk's output; arguments as those of :meth:`ConformationNetwork.forward`.
 
-        Geometry is in float32 where weights are in half precision: a nanometre in bfloat16 is
-        right to half an ångström.
+        Geometry is in float32 where weights or autocast are in half precision: a nanometre in
+        bfloat16 is right to half an ångström.
 
         Raises:
             ValueError: amino acids or pretrained features that the network has no place for, or
@@ -154,6 +156,7 @@ class TorsionHead(nn.Module):
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         pairs = self.out(hidden).unflatten(-1, (len(TORSIONS), 2))
+        pairs = pairs.to(torch.promote_types(pairs.dtype, torch.float32))
         unit: Tensor = pairs * (pairs.square().sum(-1, keepdim=True) + 1e-8).rsqrt()
         return unit
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparring.launch.config import resolved
 from sparring.launch.errors import UsageError
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Stage, Step, numbered
-from sparring.science.confdiff.config import ConformationRecipe, ConformationSampleConfig
+from sparring.science.confdiff.config import (
+    ConformationRecipe,
+    ConformationSampleConfig,
+    LabelConfig,
+)
 from sparring.science.confdiff.stages import (
     EVALUATE,
     GUIDE,
+    LABEL,
     MD,
     SAMPLE,
     STAGES,
@@ -22,7 +27,7 @@ from sparring.science.confdiff.stages import (
     SampleStage,
 )
 
-SOURCE, REFERENCE = "md-source", "md-target"
+SOURCE, REFERENCE, LABELS = "md-source", "md-target", "labels"
 
 
 class _Chain:
@@ -45,6 +50,10 @@ class _Chain:
         inputs = {"samples": samples, "reference": REFERENCE}
         self.add(f"{folder}/{EVALUATE.name}", EVALUATE, settings, inputs, "evaluate")
 
+    def kinds(self) -> list[Literal["energy", "force"]]:
+        """Of guides that the arms need, each once."""
+        return list(dict.fromkeys(a.guidance for a in self.recipe.arms if a.guidance != "none"))
+
     def networks(self, number: int) -> dict[str, str]:
         """Train what the arms of one seed ask for; returns their steps by what they are."""
         recipe, folder = self.recipe, f"seed{number}"
@@ -55,13 +64,12 @@ class _Chain:
             blind = dataclasses.replace(train, sequence=False)
             name = f"{folder}/unconditional"
             made["unconditional"] = self.add(name, TRAIN, blind, data, "unconditional", number)
-        for kind in dict.fromkeys(arm.guidance for arm in recipe.arms):
-            if kind != "none":
-                guide = dataclasses.replace(
-                    resolved(recipe.guide, 0), kind=kind, temperature=recipe.target
-                )
-                inputs = {"model": made["model"], **data}
-                made[kind] = self.add(f"{folder}/{kind}", GUIDE, guide, inputs, kind, number)
+        guide = resolved(recipe.guide, 0)
+        for kind in self.kinds():
+            settings = dataclasses.replace(guide, kind=kind, temperature=recipe.target)
+            labelled = numbered("data", [LABELS if guide.energy == "relaxed" else SOURCE])
+            inputs = {"model": made["model"], **labelled}
+            made[kind] = self.add(f"{folder}/{kind}", GUIDE, settings, inputs, kind, number)
         return made
 
     def arm(self, arm: ConformationSampleConfig, number: int, made: Mapping[str, str]) -> None:
@@ -85,6 +93,10 @@ def build_steps(recipe: ConformationRecipe) -> list[Step]:
     chain.add(SOURCE, MD, recipe.md, {}, SOURCE)
     target = dataclasses.replace(recipe.md, temperature=recipe.target)
     chain.add(REFERENCE, MD, target, {}, REFERENCE)
+    if recipe.guide.energy == "relaxed" and chain.kinds():
+        md = recipe.md
+        label = LabelConfig(relaxed=True, solvent=md.solvent, platform=md.platform)
+        chain.add(LABELS, LABEL, label, {"data": SOURCE}, LABELS)
     chain.evaluate("source", SOURCE)
     chain.evaluate("reweighted", SOURCE, reweight=recipe.target)
     for number in range(recipe.seeds):

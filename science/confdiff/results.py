@@ -23,11 +23,13 @@ PANELS = "panels.npz"
 _SHOWN = (
     "js_pwd",
     "js_rg",
+    "js_rg_per_residue",
     "js_tic",
     "js_phi_psi",
     "val_clash",
     "val_break",
     "energy",
+    "energy_median",
     "energy_std",
     "ess",
     "structures",
@@ -62,7 +64,7 @@ def _floor(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
     """What a half of the reference scores against the other half, and its energies."""
     first = next(iter(rows.values()))[0]
     found = {k.removesuffix("_floor"): v for k, v in first.items() if k.endswith("_floor")}
-    known = ("energy", "energy_std")
+    known = ("energy", "energy_median", "energy_std")
     return found | {k: first[f"reference_{k}"] for k in known if f"reference_{k}" in first}
 
 
@@ -73,7 +75,14 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
         return []
     names = [n for n in _SHOWN if any(n in one for runs in rows.values() for one in runs)]
     rows = {f"MD {recipe.target:g} K, half against half": [_floor(rows)], **rows}
-    lines = [["ensemble", *(name.replace("_", " ") for name in names), "seeds"]]
+    # A distance says little without the share of samples within the reference's range.
+    every = [one for runs in rows.values() for one in runs]
+    heads = [
+        name.replace("_", " ")
+        + (" (hit)" if any(f"{name}_hit_rate" in one for one in every) else "")
+        for name in names
+    ]
+    lines = [["ensemble", *heads, "seeds"]]
     for name, runs in rows.items():
         values = []
         for column in names:
@@ -82,7 +91,9 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
                 values.append("")
                 continue
             mean, low, high = interval(some)
-            values.append(f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else ""))
+            text = f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
+            hits = [one[f"{column}_hit_rate"] for one in runs if f"{column}_hit_rate" in one]
+            values.append(text + (f" ({np.mean(hits):.3f})" if hits else ""))
         lines.append([name, *values, str(len(runs))])
     return lines
 
@@ -95,7 +106,10 @@ def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
     widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
-    text.append(f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83")
+    text.append(
+        f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83; hit: "
+        "share of samples within the reference's range"
+    )
     found = {name: figures(paths) for name, paths in folders(recipe, run).items()}
     return {"ensembles": found, "table": "\n".join(line.rstrip() for line in text)}
 
@@ -227,8 +241,9 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         heading, *rest = lines
         note = (
             f"Against MD at {recipe.target:g} K, on which nothing was trained. Means over seeds "
-            "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83); energies in kJ/mol "
-            "with hydrogens added and side chains relaxed, the same for all; ess: effective share."
+            "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83), with the share of "
+            "samples within the reference's range (hit); energies in kJ/mol with hydrogens added "
+            "and side chains relaxed, the same for all; ess: effective share."
         )
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]

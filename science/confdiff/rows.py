@@ -28,6 +28,11 @@ class Conformation:
     """K, of the simulation that it comes from."""
     energy: float | None = None
     """kJ/mol, potential energy of all atoms (hydrogens too)."""
+    energy_kind: str | None = None
+    """Of which structure `energy` and `forces` are: "thermal", as simulated; "hydrogens", with
+    hydrogens built and minimised. Never comparable with each other."""
+    relaxed_energy: float | None = None
+    """kJ/mol, with side chains and hydrogens relaxed about the backbone (relaxation.py)."""
     forces: bytes | None = None
     """float32 (N, 6): force on each residue as a rigid body, kJ/mol/nm, and torque about its CA,
     kJ/mol, both in the laboratory's axes and both -dE (physics.py)."""

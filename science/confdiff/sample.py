@@ -1,13 +1,15 @@
 """Stage `conf-sample`: conformations of one sequence, in shards.
 
-Sample i depends on (seed, i) alone, apart from resampling (correction = "smc"), which is within a
-batch. Frames are float64 on the way.
+Sample i depends on (seed, i) alone; with resampling (correction = "smc") on its whole batch. Frames
+are float64 on the way.
 
 Shape legend: B samples, N residues.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -39,6 +41,7 @@ from sparring.science.confdiff.guide import KINDS
 from sparring.science.confdiff.labels import minimised_energies
 from sparring.science.confdiff.md_stage import chosen_sequence
 from sparring.science.confdiff.network import (
+    WEIGHTS,
     ConformationConfig,
     ConformationNetwork,
     load,
@@ -87,6 +90,7 @@ class Networks:
         if "guide" in inputs:
             kind = _kind(inputs["guide"])
             guide = load_as(KINDS[kind], inputs["guide"])
+            _check_same_base(guide, base, inputs["model"])
         if settings.guidance not in ("none", kind):
             raise UsageError(f"guidance = {settings.guidance} needs such a network as --guide")
         if settings.correction != "none" and kind != "energy":
@@ -276,6 +280,19 @@ def _check_same_chain(config: ConformationConfig, sequence: str) -> None:
         )
 
 
+def _check_same_base(guide: Any, base: ConformationNetwork, folder: Path) -> None:
+    """A guide's E_t is of one q_0 and one noise."""
+    weights = artifacts.hash_file(folder / WEIGHTS)
+    if (
+        getattr(guide.config, "base", None) != weights
+        or guide.config.process != base.config.process
+    ):
+        raise UsageError(
+            f"the guide was trained beside another network than {folder}, and its energies are of "
+            "that one's law; give that one as --model, or train a guide with conf guide for this"
+        )
+
+
 def run(config: SampleStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Sample this rank's shards."""
     if config.correction != "none" and config.filter:
@@ -283,6 +300,9 @@ def run(config: SampleStage, inputs: Mapping[str, Path], output: Path, context: 
             "a correction weighs samples, and a filter would change their law: give --filter False"
         )
     sampler = ConformationSampler(config, inputs, context.seed)
+    if config.gamma < 1 and sampler.networks.kind != "none":
+        context.emit(note="the guide is of the conditional model's law, not of the mixture's")
+    started = time.perf_counter()
     shards.make(
         range(config.num_samples),
         config.batch,
@@ -291,7 +311,15 @@ def run(config: SampleStage, inputs: Mapping[str, Path], output: Path, context: 
         context,
         unit="conformations",
     )
+    _add_seconds(context, time.perf_counter() - started)
     return {}
+
+
+def _add_seconds(context: Context, seconds: float) -> None:
+    """Keep how long this rank sampled, over all its calls."""
+    path = context.work / f"seconds-{context.world.rank}.json"
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+    artifacts.write_json(path, before + seconds)
 
 
 def finish(
@@ -329,6 +357,10 @@ def finish(
             "temperature": first.temperature,
             "seed": context.seed,
             "settings": plain(config),
+            "settings_hash": artifacts.hash_json(plain(config)),
+            "rank_seconds": sum(
+                json.loads(path.read_text()) for path in context.work.glob("seconds-*.json")
+            ),
             "packages": {name: metadata.version(name) for name in (*SAMPLE.packages, "sparring")},
         },
     )

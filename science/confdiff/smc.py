@@ -1,14 +1,15 @@
-"""Guided samples made exact by weights: twisted sequential Monte Carlo.
+"""Guided samples weighed to the law of an energy: twisted sequential Monte Carlo.
 
 Particles move by a guided kernel and are weighed against the base model's kernel tilted by
 psi(x, t) = e^(-E_t(x)), an estimate of E[e^(-k E(x_0)) | x_t]. From t to s,
 
     log w += log q(x_s | x_t) - log r(x_s | x_t) + log psi(x_s, s) - log psi(x_t, t)
 
-with q the base's and r the guided reverse SDE's Gaussian steps (solvers.py), and e^(-k E) itself as
-the last psi. So weighted means are those of q_0 e^(-k E), whatever guided the particles: another
-eta, a poor network, nothing. What is exact is the chain of these K steps: their bias stays, and
-that of the base model. (Twisted diffusion sampler, Wu et al., arXiv 2306.17775, algorithm 1.)
+with q the base's and r the guided reverse SDE's Gaussian steps (solvers.py), and the terminal
+energy as the last psi. Weighted means are those of q_0 e^(-terminal), whatever guided the
+particles: another eta, another force, nothing. `conf sample` gives the learnt E_t_min as terminal:
+its weights undo steps and eta, but not what that network missed, nor the bias of the base model or
+of K steps. (Twisted diffusion sampler, Wu et al., arXiv 2306.17775, algorithm 1.)
 
 Rotations have their Gaussians in the tangent space at R_t: u = log(R_t^T R_s) before it is wrapped,
 so that the ratio is of densities of u, and no wrapping has to be summed.
@@ -25,6 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparring.launch.errors import SparringError
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance import EnergyFunction, ForceFunction
 from sparring.science.confdiff.process import Process
@@ -47,7 +49,7 @@ class Population:
     x: Frames
     """(B, N) particles at t_min."""
     score: Score
-    """The base model's there, with its x0 and torsions."""
+    """The guided one there, with the base model's x0 and torsions."""
     log_weights: Tensor
     """(B,) float64: e^ of them weigh the particles; their mean estimates E_q0[e^(-k E)]."""
     ancestors: Tensor
@@ -91,7 +93,7 @@ def twisted(
     eta: float = 1.0,
     generator: torch.Generator | None = None,
     steps: int = 500,
-    grid: Grid = "uniform",
+    grid: Grid = "quadratic",
     resample_below: float = 0.0,
     start: Frames | None = None,
 ) -> Population:
@@ -103,7 +105,7 @@ def twisted(
         process: of the noise.
         mask: (B, N) bool.
         noise: as for `solve`.
-        terminal: k E of (x, t_min).
+        terminal: k E of (x, t_min), whose law the weights are for.
         twist: E_t between; None for 0, if particles are not resampled.
         eta: factor of the force; 1 has the least spread of weights if the force is right.
         generator: on the CPU, for resampling. It makes a sample depend on its whole population.
@@ -114,7 +116,8 @@ def twisted(
         start: (B, N) x_1 instead of the prior's.
 
     Raises:
-        ValueError: resampling without a twist or generator, or weights that are not finite.
+        ValueError: resampling without a twist or generator.
+        SparringError: states or weights that are not finite.
     """
     if resample_below and (twist is None or generator is None):
         raise ValueError("resampling needs a twist and a generator; or set resample_below to 0")
@@ -122,24 +125,31 @@ def twisted(
     first = process.prior(mask, noise.draw())
     x = first if start is None else start
     between = twist or _nothing
+
+    def guided(score: Score, x: Frames, t: float) -> Score:
+        return score if force is None else score.moved(force(x, t), -eta)
+
     psi = -between(x, path[0]).double()
     log_weights, ancestors, ess = psi, torch.arange(len(mask), device=mask.device), []
     for t, s in pairwise(path):
         score = base(x, t)
-        guided = score if force is None else score.moved(force(x, t), -eta)
-        x, change = _step(process, score, guided, x, noise.draw().projected(mask), t, s)
+        pushed, drawn = guided(score, x, t), noise.draw().projected(mask)
+        x, change = _step(process, score, pushed, x, drawn, t, s)
         check_finite(x, mask, s)
         before, psi = psi, -(terminal if s == path[-1] else between)(x, s).double()
         log_weights = log_weights + change + psi - before
         if not bool(log_weights.isfinite().all()):
-            raise ValueError(f"weights are not finite at t = {s:.4g}; is an energy infinite there?")
+            raise SparringError(
+                f"weights are not finite at t = {s:.4g}; is an energy infinite there?"
+            )
         ess.append(float(kish(log_weights)))
         if ess[-1] < resample_below * len(mask) and s != path[-1]:
             assert generator is not None
             kept = systematic(log_weights, float(torch.rand((), generator=generator)))
             x, psi, ancestors = x[kept], psi[kept], ancestors[kept]
             log_weights = (log_weights.logsumexp(0) - math.log(len(mask))).expand(len(mask))
-    return Population(x, base(x, path[-1]), log_weights, ancestors, ess)
+    last = guided(base(x, path[-1]), x, path[-1])
+    return Population(x, last, log_weights, ancestors, ess)
 
 
 def _nothing(x: Frames, t: float) -> Tensor:

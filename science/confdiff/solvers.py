@@ -28,6 +28,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from sparring.launch.errors import SparringError
 from sparring.launch.seeds import derive
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.process import Process
@@ -114,14 +115,16 @@ class Solution:
 
 
 def times(
-    process: Process, steps: int, grid: Grid = "uniform", *, start: float = 1.0
+    process: Process, steps: int, grid: Grid = "quadratic", *, start: float = 1.0
 ) -> list[float]:
     """K + 1 times from `start` to t_min.
 
     Args:
         process: whose t_min.
         steps: K.
-        grid: uniform, the paper's; or quadratic, finer towards t_min, better for few steps.
+        grid: quadratic, t_min + (start - t_min) u^2, finer towards t_min; or uniform, the paper's.
+            For data on one point, 100 uniform steps of sde leave 1.6 times the noise of t_min,
+            1000 leave 1.04 times, 100 quadratic ones 1.05 times.
         start: the first, in (t_min, 1].
 
     Raises:
@@ -148,7 +151,7 @@ def solve(
     *,
     solver: Solver = "sde",
     steps: int = 1000,
-    grid: Grid = "uniform",
+    grid: Grid = "quadratic",
     noise_scale: float = 1.0,
     start: Frames | None = None,
     start_time: float = 1.0,
@@ -162,16 +165,16 @@ def solve(
         mask: (B, N) bool.
         noise: `SampleNoise`; draws once for the prior, whatever `start`, and by sde for each step.
         solver: sde, ode or heun.
-        steps: K; the paper's sde has 1000, heun wants 50 to 100.
-        grid: of times; quadratic for heun.
+        steps: K; the paper's sde has 1000 uniform ones, heun wants 50 to 100.
+        grid: of times.
         noise_scale: factor of sde's noise; below 1 the samples are not p_0's, but colder.
         start: (B, N) frames to start from instead of the prior's.
         start_time: their t; below 1 to noise a structure in part and come back to others near it.
         record: keep the path.
 
     Raises:
-        ValueError: unknown solver or grid, steps < 1, a start_time without start, or a state that
-            is no longer finite.
+        ValueError: unknown solver or grid, steps < 1, or a start_time without start.
+        SparringError: a state is no longer finite.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, not {solver!r}")
@@ -248,11 +251,11 @@ def _heun_step(
 
 
 def check_finite(x: Frames, mask: Tensor, t: float) -> None:
-    """Raise ValueError if a frame (B, N) that is there is not finite; t is for the message."""
+    """Raise SparringError if a frame (B, N) that is there is not finite; t is for the message."""
     finite = x.translations.isfinite().all(-1) & x.rotations.isfinite().all(-1).all(-1)
     bad = ~(finite | ~mask).all(-1)
     if bool(bad.any()):
-        raise ValueError(
+        raise SparringError(
             f"{int(bad.sum())} of {len(bad)} samples are not finite at t = {t:.4g}; "
-            "check the network, or lower eta"
+            "train the networks longer, or lower eta"
         )

@@ -36,7 +36,7 @@ MD = Stage(
     function=f"{_HERE}.md_stage:run",
     finish=f"{_HERE}.md_stage:finish",
     config=MdConfig,
-    version="1",
+    version="2",
     inputs={"fasta?": "file with one sequence", "pdb?": "structure to start from"},
     packages=_OPENMM,
 )
@@ -45,7 +45,7 @@ STRUCTURES = Stage(
     summary="read PDB files and trajectories as training data",
     function=f"{_HERE}.structures_stage:run",
     config=StructuresConfig,
-    version="1",
+    version="2",
     inputs={
         "pdb*": "PDB files or folders of them; the first is the topology of --traj",
         "traj*": "trajectories that mdtraj reads",
@@ -58,7 +58,7 @@ LABEL = Stage(
     function=f"{_HERE}.label_stage:run",
     finish=f"{_HERE}.label_stage:finish",
     config=LabelConfig,
-    version="1",
+    version="2",
     inputs={"data": _ROWS},
     packages=(*_OPENMM, "pdbfixer"),
 )
@@ -67,7 +67,7 @@ TRAIN = Stage(
     summary="train the network of the score on conformations",
     function=f"{_HERE}.train:run",
     config=ConformationTrainConfig,
-    version="1",
+    version="2",
     inputs={
         "data*": _ROWS,
         "model?": "folder of a network to start from; its size stays",
@@ -80,7 +80,7 @@ GUIDE = Stage(
     summary="train a network of energy or force on labelled conformations",
     function=f"{_HERE}.guide:run",
     config=GuideConfig,
-    version="1",
+    version="2",
     inputs={
         "model": "folder of the base network, made by conf-train",
         "data*": f"{_ROWS}, with energies and a temperature",
@@ -94,7 +94,7 @@ SAMPLE = Stage(
     function=f"{_HERE}.sample:run",
     finish=f"{_HERE}.sample:finish",
     config=SampleStage,
-    version="1",
+    version="2",
     inputs={
         "model": "folder of a network, made by conf-train",
         "unconditional?": "one trained with sequence = false, for gamma below 1",
@@ -110,10 +110,11 @@ EVALUATE = Stage(
     summary="measure an ensemble against a reference",
     function=f"{_HERE}.evaluate:run",
     config=ConformationEvaluateConfig,
-    version="1",
+    version="2",
     inputs={
         "samples": "artifact of conf-sample, conf-md or conf-structures",
         "reference": "artifact of conf-md or conf-structures",
+        "states?": "artifact of conf-structures with known states, for coverage",
     },
     packages=("openmm", "mdtraj", "deeptime", "scipy"),
 )

@@ -273,7 +273,7 @@ def forces_array(row: Conformation) -> npt.NDArray[np.float32]:
     """
     if row.forces is None:
         raise SparringError(
-            f"structure {row.number} of {row.chain} has no forces; labels.label computes them"
+            f"structure {row.number} of {row.chain} has no forces; conf label computes them"
         )
     return np.frombuffer(row.forces, dtype=np.float32).reshape(len(row.sequence), 6).copy()
 

@@ -37,17 +37,20 @@ from sparring.science.confdiff.guidance import Chains
 from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork, load
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.sizes import SIZES
+from sparring.science.confdiff.solvers import Grid
 from sparring.science.confdiff.tangent import Tangent
 
 _FROM_ATOMS = ("N", "CA", "C", "O")
 
 
 def drawn(
-    seed: int, number: int, rows: Sequence[int], size: int, process: Process
+    seed: int, number: int, rows: Sequence[int], size: int, process: Process, grid: Grid = "uniform"
 ) -> tuple[Tensor, Tangent]:
     """Times (B,) and normal numbers (B, N, 3) of a step's rows, each from its own seed.
 
-    t is uniform on [t_min, 1]. Padding does not change what a row draws.
+    t is t_min + (1 - t_min) u, or u^2 in place of u (quadratic), with u uniform on [0, 1]. Losses
+    have their minimum at each t alone, so that the density of t moves no minimum. Padding does not
+    change what a row draws.
     """
     generator = torch.Generator()
     times, noise = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), size, 6)
@@ -55,7 +58,7 @@ def drawn(
         generator.manual_seed(derive(seed, "noise", number, row))
         times[place] = torch.rand((), generator=generator, dtype=torch.float64)
         noise[place] = torch.randn(size, 6, generator=generator)
-    t = process.t_min + (1 - process.t_min) * times
+    t = process.t_min + (1 - process.t_min) * (times if grid == "uniform" else times**2)
     return t, Tangent(noise[..., :3], noise[..., 3:])
 
 
@@ -173,7 +176,7 @@ class ConformationTrainer:
         device = self.sharding.device
         batch = self.data.batch(rows)
         size = batch.mask.shape[1]
-        t, noise = drawn(self.context.seed, number, rows, size, self.process)
+        t, noise = drawn(self.context.seed, number, rows, size, self.process, self.settings.times)
         batch, t, noise = batch.to(device), t.to(device), noise.to(device)
         x_t = self.process.noised(batch.frames, t, batch.mask, noise)
         told = chains(self.config, batch).inputs(self.config)

@@ -23,8 +23,10 @@ from sparring.science.confdiff.attention import (
     InvariantPointAttention,
     Mlp,
     TransformerLayer,
+    exact,
     linear,
 )
+from sparring.science.confdiff.frames import turned
 from sparring.science.confdiff.sizes import AMINO_ACIDS, NetworkSize
 
 FARTHEST = 5.0
@@ -153,8 +155,8 @@ class FrameUpdate(nn.Module):
         """(B, N, 3, 3) and (B, N, 3)."""
         moves = (self.six(node) * mask[..., None]).to(rotations.dtype)
         turn, shift = moves.chunk(2, -1)
-        shift = torch.einsum("bnij,bnj->bni", rotations, shift)
-        return rotations @ quaternion_rotation(turn), translations + shift
+        with exact(rotations):
+            return rotations @ quaternion_rotation(turn), translations + turned(rotations, shift)
 
 
 def quaternion_rotation(vector: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def naive_force(x: Frames, t: float) -> Tangent:
 
 def recursion(eta: float, naive: bool, steps: int) -> tuple[float, float]:
     """Mean and variance after the sde's steps with a linear score, by its coefficients alone."""
-    mean, variance, path = 0.0, 1.0, times(PROCESS, steps)
+    mean, variance, path = 0.0, 1.0, times(PROCESS, steps, "uniform")
     for t, s in pairwise(path):
         step, alpha = float(PROCESS.beta(t)) * (t - s), float(PROCESS.alpha(t))
         spread = 1 - alpha**2 / 2  # of p_t
@@ -121,7 +121,8 @@ def test_a_line(
     assert fine == pytest.approx((mean, variance), abs=0.02)
     count, steps = 1500, 100
     guided = ForceGuidance(score_on(normal_score(0, 1)), force, eta)
-    end = solve(guided, PROCESS, everyone(count, 2), Draws(count, 2), steps=steps)
+    noise = Draws(count, 2)
+    end = solve(guided, PROCESS, everyone(count, 2), noise, steps=steps, grid="uniform")
     found, expected = on_line(end.x).flatten(), recursion(eta, naive, steps)
     # 4 standard errors of 4500 draws: 0.04 for the mean if eta = 1.
     assert abs(float(found.mean()) - expected[0]) < 4 * math.sqrt(expected[1] / len(found))

@@ -109,12 +109,19 @@ def test_missing_atoms_are_completed() -> None:
     assert np.isfinite(forces_array(found)).all()
 
 
-def test_backbone_held_is_lower() -> None:
+def test_a_relaxed_energy_stands_beside_the_measured_one() -> None:
     row = rows_of("AWA", True, 1)[0]
-    heavy, backbone = (labels.label([row], hold=hold)[0] for hold in ("heavy", "backbone"))  # type: ignore[arg-type]
-    assert backbone.energy is not None
-    assert heavy.energy is not None
-    assert backbone.energy < heavy.energy
+    thermal = dataclasses.replace(
+        row, energy=7.0, energy_kind="thermal", forces=np.ones((3, 6), np.float32).tobytes()
+    )
+    built, kept = labels.label([row, thermal], platform="Reference", relaxed=True)
+    assert (built.energy_kind, kept.energy_kind) == ("hydrogens", "thermal")
+    assert (kept.energy, kept.forces) == (7.0, thermal.forces)
+    assert built.energy is not None
+    assert built.relaxed_energy is not None
+    assert built.relaxed_energy < built.energy
+    assert kept.relaxed_energy == pytest.approx(built.relaxed_energy)
+    assert labels.label([built, kept], platform="Reference", relaxed=True) == [built, kept]
 
 
 def test_minimised_energies() -> None:

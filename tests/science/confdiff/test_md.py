@@ -10,11 +10,13 @@ import mdtraj
 import numpy as np
 import pytest
 
+from sparring.launch import runs
 from sparring.launch.errors import SparringError, Stopped
-from sparring.science.confdiff import md, structures, topologies
+from sparring.science.confdiff import md, md_stage, structures, topologies
 from sparring.science.confdiff.config import GAS_CONSTANT
 from sparring.science.confdiff.md import Simulation, conformations, run_replica, simulate
 from sparring.science.confdiff.physics import Molecule, Potential, rigid_forces
+from sparring.science.confdiff.starts import STARTS, torsion_start
 from sparring.science.confdiff.structures import atoms_array, forces_array, torsions_array
 
 SHORT = Simulation(
@@ -137,14 +139,16 @@ def test_temperature(tmp_path: Path) -> None:
 
 
 def test_starts(tmp_path: Path) -> None:
-    for start, (phi, psi) in md.STARTS.items():
+    own = [-60.0, -30, -110, 130, 70, 20]
+    given = {start: [*angles] * 3 for start, angles in STARTS.items()}
+    for start, degrees in {**given, torsion_start(own): own}.items():
         simulation = dataclasses.replace(SHORT, sequence="AAA", start=start)
         molecule, position = md.starting_point(simulation)
         row = structures.rows_of(
             "AAA", molecule.heavy_slots(position[None]), position[None, molecule.caps]
         )[0]
         angles = np.degrees(torsions_array(row)[:, 1:3])
-        assert angles == pytest.approx(np.tile([phi, psi], (3, 1)), abs=1e-2)
+        assert angles == pytest.approx(np.reshape(degrees, (3, 2)), abs=1e-2)
         assert np.isfinite(position).all()
     _, position = md.starting_point(dataclasses.replace(SHORT, sequence="AAA", start="helix"))
     heavy = molecule.heavy_slots(position[None])
@@ -154,6 +158,8 @@ def test_starts(tmp_path: Path) -> None:
     assert np.nanmax(np.abs(heavy_again - heavy)) < 6e-5  # PDB rounds to 0.001 A
     with pytest.raises(SparringError, match="has no chain AAAA with caps; it has AAA with caps"):
         md.starting_point(dataclasses.replace(SHORT, sequence="AAAA", start=str(pdb)))
+    with pytest.raises(SparringError, match="phi and psi of 4 residues, not 6 numbers"):
+        md.starting_point(dataclasses.replace(SHORT, sequence="AAAA", start=torsion_start(own)))
 
 
 @pytest.mark.parametrize(
@@ -223,3 +229,15 @@ def test_two_replicas_agree_and_reweight(tmp_path: Path) -> None:
     error = energy[350.0].std() * np.sqrt(20 / len(energy[350.0]) + 20 * (weights**2).sum())
     assert gap > 5 * error / np.sqrt(20)
     assert reweighted == pytest.approx(direct, abs=max(error, 0.15 * gap))
+
+
+def test_cln025_starts_folded_in_its_recipe() -> None:
+    _, recipe = runs.load_recipe(Path(__file__).parents[3] / "recipes" / "confdiff-cln025.toml")
+    start = md_stage.simulation(recipe.md, {}, 0, 1)
+    molecule, positions = md.starting_point(start)
+    atoms = molecule.heavy_slots(positions[None])[0]
+    # N...O of the hydrogen bonds in PDB 5AWL; N is slot 0, O is slot 3.
+    for donor, acceptor in ((1, 10), (10, 1), (3, 8), (7, 3)):
+        assert np.linalg.norm(atoms[donor - 1, 0] - atoms[acceptor - 1, 3]) < 0.31
+    apart = np.linalg.norm(positions[:, None] - positions, axis=-1)
+    assert apart[np.triu_indices(len(apart), 1)].min() > 0.08  # nothing lies on anything else

@@ -219,6 +219,16 @@ def test_rmsf_and_diversity() -> None:
     assert coverage.rmsf_correlation([fluctuation], [2 * fluctuation]) == pytest.approx(1)
     assert coverage.pairwise_rmsd(np.repeat(base[None], 3, axis=0)) == pytest.approx(0, abs=1e-7)
     assert coverage.pairwise_rmsd(chains(30)) == coverage.pairwise_rmsd(chains(30))
+    # Weights count: what has none is not there.
+    cloud = chains(4)
+    alone = np.log(np.array([0.5, 0.5, 1e-300, 1e-300]))
+    expected = coverage.rmsd(cloud[:1], cloud[1])[0]
+    assert coverage.pairwise_rmsd(cloud, alone) == pytest.approx(expected)
+    onto = cloud[0]
+    assert coverage.rmsf(cloud, onto, alone) == pytest.approx(coverage.rmsf(cloud[:2], onto))
+    assert coverage.pca_w2(cloud, cloud, onto, log_weights=alone) > 1e-3
+    theirs = mdtraj.rmsf(mdtraj.Trajectory(coverage.superposed(cloud, onto), None), None)
+    assert coverage.rmsf(cloud, onto) == pytest.approx(theirs, abs=1e-5)
     with pytest.raises(SparringError, match="at least two structures"):
         coverage.pairwise_rmsd(base[None])
 

@@ -11,9 +11,11 @@ from sparring.launch.config import build
 from sparring.science.confdiff.config import (
     ConformationRecipe,
     ConformationSampleConfig,
+    GuideConfig,
     MdConfig,
     inverse_temperature_change,
 )
+from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
 
 ARMS = (
@@ -56,6 +58,25 @@ def test_the_reference_is_an_independent_simulation_that_nothing_is_trained_on()
     assert steps["source/conf-evaluate"].config.reweight == 0
 
 
+def test_relaxed_labels_are_made_for_guides_alone() -> None:
+    relaxed = dataclasses.replace(RECIPE, guide=GuideConfig(energy="relaxed"))
+    steps = {step.name: step for step in PIPELINE.steps(relaxed)}
+    assert steps["labels"].inputs == {"data": "md-source"}
+    assert steps["labels"].config.relaxed
+    for name in ("energy", "force"):
+        assert steps[f"seed1/{name}"].inputs["data.0"] == "labels"
+    assert steps["seed1/base"].inputs["data.0"] == "md-source"
+    plain = dataclasses.replace(relaxed, arms=ARMS[:1])
+    for recipe in (RECIPE, plain):
+        assert "labels" not in [step.name for step in PIPELINE.steps(recipe)]
+
+
+def test_a_start_by_torsions_takes_its_turn() -> None:
+    config = MdConfig(sequence="AA", start="both", torsions=(-60.0, -30.0, 70.0, 20.0))
+    starts = [simulation(config, {}, 0, replica).start for replica in range(4)]
+    assert starts == ["extended", "helix", "torsions -60 -30 70 20", "extended"]
+
+
 def test_arms_share_their_noise_and_seeds_do_not() -> None:
     steps = {step.name: step for step in PIPELINE.steps(RECIPE)}
     seeds = [steps[f"{arm.name}/seed{n}/conf-sample"].seed for n in range(2) for arm in ARMS]
@@ -76,6 +97,7 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"md": {"sequence": ""}}, "md.sequence is empty"),
         ({"md": {"temperature": -1}}, "temperature must be positive"),
         ({"md": {"save_every": 0.001}}, "shorter than a time step"),
+        ({"md": {"sequence": "AA", "torsions": [1.0]}}, "4 numbers for AA, not 1"),
         ({"arms": []}, "at least one"),
         ({"arms": [{}, {}]}, "two are called 'base'"),
         ({"arms": [{"gamma": 1.5}]}, "gamma"),
@@ -85,6 +107,7 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"train": {"steps": 0}}, "steps must be"),
         ({"train": {"t_min": 0}}, "t_min is a time"),
         ({"guide": {"anchor": -1}}, "anchor"),
+        ({"guide": {"contrast": 1}}, "contrast"),
     ],
 )
 def test_wrong_values_are_named(data: dict, message: str) -> None:  # type: ignore[type-arg]

@@ -77,4 +77,6 @@ def test_a_run_compares_its_arms(tmp_path: Path, capsys: pytest.CaptureFixture[s
     again = json.loads(capsys.readouterr().out)
     assert (again["computed"], again["kept"]) == (0, found["computed"])
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert "js pwd" in capsys.readouterr().out or "js rg" in page
+    shown = capsys.readouterr().out
+    assert "js rg per residue (hit)" in shown
+    assert "js rg per residue (hit)" in page

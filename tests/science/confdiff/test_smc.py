@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparring.launch.errors import SparringError
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.igso3 import exp_rotation
 from sparring.science.confdiff.oracle import FiniteSet
@@ -74,7 +75,7 @@ def energy(x: Frames, t: float) -> Tensor:
 
 def tilted_chain() -> tuple[float, float, float]:
     """Mean, variance and log normalizer of the base's chain of STEPS times e^(-k E)."""
-    variance, path = 1.0, times(PROCESS, STEPS)
+    variance, path = 1.0, times(PROCESS, STEPS, "uniform")
     for t, s in pairwise(path):
         step = float(PROCESS.beta(t)) * (t - s)
         variance = (1 - step / 2) ** 2 * variance + step
@@ -94,6 +95,7 @@ def sampled(eta: float, below: float = 0.0, push: bool = True) -> Population:
         generator=torch.Generator().manual_seed(0) if below else None,
         eta=eta,
         steps=STEPS,
+        grid="uniform",
         resample_below=below,
     )
 
@@ -164,6 +166,13 @@ def test_rotations_are_weighed_too() -> None:
     assert bool(((plain - expected).abs() > 2 * (0.25 / count) ** 0.5).any())
 
 
+def test_the_last_score_is_the_guided_one() -> None:
+    # Denoising by the base's would undo guidance below t_min.
+    found = sampled(1.5)
+    expected = base(found.x, PROCESS.t_min).plus(force(found.x, PROCESS.t_min), -1.5)
+    torch.testing.assert_close(found.score.translation, expected.translation)
+
+
 def test_kish() -> None:
     assert float(kish(torch.full((7,), 3000.0))) == pytest.approx(7, rel=1e-3)
     assert float(kish(torch.tensor([0.0, -2000.0]))) == pytest.approx(1)
@@ -188,5 +197,5 @@ def test_bad_input() -> None:
 
     with pytest.raises(ValueError, match="resampling needs a twist and a generator"):
         run(resample_below=0.5)
-    with pytest.raises(ValueError, match="weights are not finite"):
+    with pytest.raises(SparringError, match="weights are not finite"):
         run(terminal=lambda x, t: on_line(x) * math.inf)

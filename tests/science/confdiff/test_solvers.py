@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparring.launch.errors import SparringError
+from sparring.science.confdiff.config import ConformationSampleConfig, ConformationTrainConfig
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance import Chains, NetworkScore
 from sparring.science.confdiff.igso3 import exp_rotation, log_rotation, sample, score
@@ -17,7 +19,14 @@ from sparring.science.confdiff.network import ConformationConfig, ConformationNe
 from sparring.science.confdiff.oracle import FiniteSet
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.sizes import SIZES
-from sparring.science.confdiff.solvers import SampleNoise, ScoreFunction, Solver, solve, times
+from sparring.science.confdiff.solvers import (
+    Grid,
+    SampleNoise,
+    ScoreFunction,
+    Solver,
+    solve,
+    times,
+)
 from sparring.science.confdiff.tangent import Score, Tangent
 
 PROCESS = Process()
@@ -60,7 +69,7 @@ def gaussian_score(variance: float) -> ScoreFunction:
 @pytest.mark.parametrize(("steps", "expected"), [(100, 1.022), (500, 1.015), (1000, 0.997)])
 def test_sde_has_the_variance_of_its_recursion(steps: int, expected: float) -> None:
     # A linear score keeps a Gaussian one, whose variance follows from its coefficients alone.
-    variance, path = 1.0, times(PROCESS, steps)
+    variance, path = 1.0, times(PROCESS, steps, "uniform")
     for t, s in pairwise(path):
         step = float(PROCESS.beta(t)) * (t - s)
         variance = (1 - step / 2) ** 2 * variance + step
@@ -70,11 +79,34 @@ def test_sde_has_the_variance_of_its_recursion(steps: int, expected: float) -> N
         return
     count, size = 500, 5
     end = solve(
-        gaussian_score(1.0), PROCESS, everyone(count, size), Draws(count, size), steps=steps
-    )
+        gaussian_score(1.0), PROCESS, everyone(count, size), Draws(count, size), steps=steps,
+        grid="uniform",
+    )  # fmt: skip
     found = float(end.x.translations.square().sum() / (3 * count * (size - 1)))
     assert abs(found - variance) < 4 * variance * math.sqrt(2 / (3 * count * (size - 1)))
     assert float(end.x.translations.sum(1).abs().max()) < 1e-9
+
+
+def test_the_default_sampler_ends_with_the_noise_of_t_min_on_stiff_data() -> None:
+    # Of one point, whose score -T / std^2 is as stiff as it gets: what is left is noise of t_min,
+    # and a uniform grid leaves 2.2 times as much.
+    sampler, process = ConformationSampleConfig(), Process(t_min=ConformationTrainConfig().t_min)
+    noise = Draws(400, 2)
+
+    def point(x: Frames, t: float) -> Score:
+        return Score(-x.translations / process.std(t) ** 2, torch.zeros_like(x.translations))
+
+    def left(grid: Grid) -> float:
+        end = solve(
+            point, process, everyone(400, 2), noise, steps=sampler.steps, grid=grid,
+            start=Frames(identity(400, 2), noise.draw().projected(everyone(400, 2)).translation),
+        )  # fmt: skip
+        # 400 x 3 differences of two residues: standard error 2 %.
+        width = (end.x.translations.square().sum() / (3 * 400)).sqrt()
+        return float(width / process.std(process.t_min))
+
+    assert left(sampler.grid) == pytest.approx(1.05, abs=0.08)
+    assert left("uniform") > 2
 
 
 @pytest.mark.parametrize(("solver", "least"), [("ode", 1.7), ("heun", 3.4)])
@@ -203,7 +235,7 @@ def test_noise_is_the_same_in_each_number_type() -> None:
 
 
 def test_grids() -> None:
-    path = times(PROCESS, 10)
+    path = times(PROCESS, 10, "uniform")
     assert path[0] == 1
     assert path[-1] == PROCESS.t_min
     assert len(path) == 11
@@ -231,7 +263,7 @@ def test_bad_input() -> None:
     def broken(x: Frames, t: float) -> Score:
         return Score(x.translations * math.nan, torch.zeros_like(x.translations))
 
-    with pytest.raises(ValueError, match="1 of 1 samples are not finite"):
+    with pytest.raises(SparringError, match="1 of 1 samples are not finite"):
         solve(broken, PROCESS, mask, Draws(1, 2), steps=3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparring.launch.artifacts import hash_json
 from sparring.launch.cli import main
 from sparring.launch.rows import read_rows
-from sparring.science.confdiff.dataset import CONFORMATIONS, Dataset, bucketed
-from sparring.science.confdiff.guide import Labels
+from sparring.science.confdiff.dataset import CONFORMATIONS, bucketed
 from sparring.science.confdiff.rows import Conformation
 from sparring.science.confdiff.structures import atoms_array
 from sparring.science.confdiff.validity import sound
@@ -95,8 +96,6 @@ def test_two_ranks_with_zero_learn_the_same(
 def test_a_stopped_training_goes_on_to_the_same_weights(
     simulated: Path, base: Path, tmp_path: Path, training: tuple[str, ...]
 ) -> None:
-    from dataclasses import replace
-
     from sparring.launch.errors import Stopped
     from sparring.launch.processes import World
     from sparring.launch.stages import Context
@@ -119,35 +118,6 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     train.run(config, inputs, whole, replace(context, work=whole, stopped=lambda: False))
     one, two = weights(whole), weights(tmp_path)
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("kind", ["energy", "force"])
-def test_a_guide_beats_knowing_nothing(
-    kind: str, simulated: Path, base: Path, tmp_path: Path, conf: Conf
-) -> None:
-    # To 200 K: the law is so different that a few steps see it.
-    options = ("--kind", kind, "--temperature", "200", "--steps", "60", "--batch", "40",
-               "--micro-batch", "40", "--lr", "1e-3", "--warmup", "0")  # fmt: skip
-    figures = conf("guide", tmp_path / "out", *options, data=simulated, model=base)
-    assert figures["from_kelvin"] == 400
-    assert 0 < figures["effective"] < 1
-    metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    last = [json.loads(line) for line in metrics][-15:]
-    gained = [row["blank"] - row["loss"] for row in last]
-    assert np.mean(gained) > 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["target"] == 200
-
-
-def test_labels_are_boltzmann_factors_and_batches_are_of_one_chain(simulated: Path) -> None:
-    data = Dataset(rows(simulated))
-    labels = Labels(data, 350.0)
-    energy = np.array([row.energy for row in data.rows])
-    expected = np.exp(-(1 / 350 - 1 / 400) / 0.00831446 * (energy - energy.mean()))
-    np.testing.assert_allclose(labels.weights, expected / expected.mean(), rtol=1e-5)
-    plan = labels.plan(16, 9, seed=1)
-    assert [len(batch) for batch in plan] == [16] * 9
-    assert plan == labels.plan(16, 9, seed=1) != labels.plan(16, 9, seed=2)
 
 
 def test_buckets_hold_similar_lengths_and_every_row_once_an_epoch() -> None:
@@ -194,7 +164,10 @@ def test_sampled_files_open_in_mdtraj_and_hold_the_same(
         np.testing.assert_allclose(determinants, 1, atol=1e-4)
         assert data["log_weights"].tolist() == [0.0] * 4
         assert data["energies"].shape == (4,)
-    assert json.loads((out / "run.json").read_text())["sequence"] == "AGA"
+    run = json.loads((out / "run.json").read_text())
+    assert run["sequence"] == "AGA"
+    assert run["rank_seconds"] > 0
+    assert run["settings_hash"] == hash_json(run["settings"])
 
 
 @pytest.mark.parametrize("correction", ["weights", "smc"])
@@ -223,8 +196,6 @@ def test_samples_that_never_pass_are_said(
 
 
 def test_the_filter_knows_real_structures_from_broken_ones(simulated: Path) -> None:
-    from dataclasses import replace
-
     real = rows(simulated)[:3]
     assert sound(real) == [True] * 3
     torn, folded = atoms_array(real[0]), atoms_array(real[1])
@@ -258,40 +229,6 @@ def test_wrong_sampling_is_refused(
     assert code in (1, 2)
     assert message in said
     assert not (out / "manifest.json").exists()
-
-
-def test_a_guide_of_another_chain_or_kind_is_refused(
-    base: Path, guides: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    inline = ("--launch.inline", "conf-sample")
-    common = ("conf", "sample", "--out", tmp_path / "o", *inline)
-    force = guides["force"]
-    code, said = fails(capsys, *common, "--model", base, "--guide", force, "--sequence", "AAAA")
-    assert code == 2
-    assert "the guide was trained on AGA" in said
-    code, said = fails(capsys, *common, "--model", base, "--guide", base)
-    assert code == 1
-    assert "no guide" in said
-    code, said = fails(capsys, *common, "--model", force)
-    assert code == 1
-    assert "holds a ForceNetwork" in said
-
-
-def test_guidance_needs_energies_and_one_temperature(
-    simulated: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], conf: Conf
-) -> None:
-    plain = tmp_path / "plain"
-    pdb = simulated / "topology.pdb"
-    conf("structures", plain, pdb=pdb, traj=simulated / "replica0.xtc")
-    warm = tmp_path / "warm"
-    conf("structures", warm, "--temperature", "400", "--stride", "30", pdb=pdb,
-         traj=simulated / "replica0.xtc")  # fmt: skip
-    common = ("conf", "guide", "--model", base, "--out", tmp_path / "o")
-    inline = ("--launch.inline", "conf-guide")
-    code, said = fails(capsys, *common, "--data", plain, *inline)
-    assert (code, "data of one temperature" in said) == (1, True)
-    code, said = fails(capsys, *common, "--data", warm, *inline)
-    assert (code, "conf label computes them" in said) == (1, True)
 
 
 def test_a_trajectory_of_ones_own_is_the_same_as_the_rows_of_the_simulation(
@@ -353,10 +290,18 @@ def test_an_ensemble_is_measured_against_a_reference(
     simulated: Path, base: Path, tmp_path: Path, conf: Conf
 ) -> None:
     options = ("--energies", "5", "--lag", "2", "--platform", "Reference")
-    same = conf("evaluate", tmp_path / "same", *options, samples=simulated, reference=simulated)
+    same = conf("evaluate", tmp_path / "same", *options, samples=simulated, reference=simulated,
+                states=simulated)  # fmt: skip
+    assert same["rmsd_coverage"] < 1e-6
+    assert "tm_coverage" not in same  # three residues
+    assert same["rmsf_r"] == pytest.approx(1)
+    assert same["rmsf"] == pytest.approx(same["reference_rmsf"])
+    assert max(same["pca_w2"], same["js_ramachandran"]) < 1e-6
     assert max(same[name] for name in ("js_rg", "js_tic", "js_phi_psi")) < 1e-6
     assert same["js_rg_floor"] > 0.1
     assert same["energy"] == same["reference_energy"]
+    with np.load(tmp_path / "same" / "panels.npz") as panels:
+        assert same["energy_median"] == np.sort(panels["energy"])[2]  # of five
     assert [same[k] for k in ("val_clash", "val_break", "ess")] == pytest.approx([1, 1, 1])
     warm = conf("evaluate", tmp_path / "warm", *options, "--reweight", "330",
                 samples=simulated, reference=simulated)  # fmt: skip
