@@ -14,21 +14,21 @@ from letter_judge import LetterJudge
 
 from sparring.alignment import evaluation, results
 from sparring.alignment import health as judge_health
-from sparring.alignment.config import Recipe
+from sparring.alignment.config import JudgeConfig, Recipe
 from sparring.alignment.games import pairwise_probabilities
 from sparring.alignment.harness import leaderboards
 from sparring.alignment.matches import policy_names
 from sparring.alignment.response_files import read_responses
 from sparring.alignment.results import evaluation_text, intervals
 from sparring.alignment.rows import Judged, Response
-from sparring.alignment.stages import EVALUATE
+from sparring.alignment.stages import EVALUATE, EvaluateStage
 from sparring.launch import artifacts, cli
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import write_rows
 from sparring.launch.stages import LaunchConfig, Step, execute, numbered
 
 PROMPTS = 12
-LETTER = {"name": "letter_judge:make", "chunk": 5}
+LETTER = JudgeConfig(name="letter_judge:make", chunk=5)
 Make = Callable[..., Path]
 
 
@@ -92,7 +92,7 @@ def evaluate(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def run(*, judge: Counting | None = None, against: Sequence[Path] = (), **inputs: Path) -> Any:
         judge = judge or Counting()
         monkeypatch.setattr(evaluation, "make_judge", lambda config: judge)
-        settings = EVALUATE.config(judge=LETTER)
+        settings = EvaluateStage(judge=LETTER)
         given = {"prompts": prompts} | inputs | numbered("against", list(against))
         output = tmp_path / f"evaluate{len(list(tmp_path.glob('evaluate*')))}"
         launch = LaunchConfig(inline=("evaluate",))
