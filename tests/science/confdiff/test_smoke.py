@@ -1,4 +1,4 @@
-"""From a simulation to sound samples and a guide that lowers energies, and a checked-in one."""
+"""From a simulation to sound samples and a guide, and a checked-in simulation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from typing import Any
 import mdtraj
 import numpy as np
 import pytest
-import torch
 
 from sparring.launch.rows import read_rows
-from sparring.science.confdiff.dataset import CONFORMATIONS, Dataset, blank
-from sparring.science.confdiff.guidance import NetworkEnergy, energy_guidance
-from sparring.science.confdiff.heads import EnergyNetwork
-from sparring.science.confdiff.network import load_as
-from sparring.science.confdiff.oracle import FiniteSet
+from sparring.science.confdiff.dataset import CONFORMATIONS
 from sparring.science.confdiff.rows import Conformation
-from sparring.science.confdiff.solvers import SampleNoise, solve
-from sparring.science.confdiff.train import chains
 from sparring.science.confdiff.validity import sound
 
 Conf = Callable[..., dict[str, Any]]
@@ -27,7 +20,7 @@ DATA = Path(__file__).with_name("data")
 
 
 @pytest.mark.slow
-def test_samples_are_sound_and_a_guide_lowers_their_energy(tmp_path: Path, conf: Conf) -> None:
+def test_samples_are_sound_and_relaxed_labels_weigh_more_evenly(tmp_path: Path, conf: Conf) -> None:
     simulation = ("--sequence", "AAAAA", "--temperature", "400", "--nanoseconds", "0.2",
                   "--equilibration", "0.02", "--save-every", "0.4", "--replicas", "1",
                   "--start", "helix")  # fmt: skip
@@ -45,22 +38,6 @@ def test_samples_are_sound_and_a_guide_lowers_their_energy(tmp_path: Path, conf:
     guide = tmp_path / "guide"
     figures = conf("guide", guide, *options, *training, model=base, data=tmp_path / "labels")
     assert figures["effective"] > figures["effective_measured"]
-    # So short a training leaves samples of high energy. The exact score of the simulated frames
-    # does not: each sample ends at one of them, whose energy is known.
-    rows = read_rows(tmp_path / "labels" / CONFORMATIONS, Conformation)
-    energies = torch.tensor([row.relaxed_energy for row in rows], dtype=torch.float64)
-    network = load_as(EnergyNetwork, guide)
-    told = blank(["AAAAA"] * 128)
-    data = Dataset(rows).batch(range(len(rows)))
-    process, even = network.config.diffusion, torch.zeros(len(rows)).double()
-    oracle = FiniteSet(process, data.frames.to(torch.float64), even, data.mask[0])
-    energy = NetworkEnergy(network, chains(network.config, told))
-    means = []
-    for score in (oracle, energy_guidance(oracle, energy, told.mask)):
-        noise = SampleNoise(1, range(128), [5] * 128)
-        end = solve(score, process, told.mask, noise, steps=100)
-        means.append(float((oracle.posterior(end.x, process.t_min) @ energies).mean()))
-    assert means[0] - means[1] > 3 * float(energies.std()) / 128**0.5
 
 
 def test_the_reference_simulation_reads_as_it_was(tmp_path: Path, conf: Conf) -> None:
