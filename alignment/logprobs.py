@@ -98,10 +98,12 @@ class ScoredPolicy(nn.Module):
         Under ZeRO-3 every call gathers the head's weights from all ranks, so they all make as many
         as the rank with most tokens; the last are of no token.
         """
-        chunks = torch.tensor(max(1, math.ceil(count / self.logits_chunk)), device=device)
-        if any(hasattr(weight, "ds_id") for weight in self._head.parameters()):
-            torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
-        return int(chunks)
+        own = max(1, math.ceil(count / self.logits_chunk))
+        if not any(hasattr(weight, "ds_id") for weight in self._head.parameters()):
+            return own
+        most = torch.tensor(own, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
     @property
     def _head(self) -> nn.Module:
@@ -113,8 +115,10 @@ class ScoredPolicy(nn.Module):
         config = self.model.config.get_text_config()
         # Between the head and the logits some families scale (Cohere; Granite divides) or cap
         # (Gemma 2 and later).
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
