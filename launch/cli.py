@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from sparring.launch.errors import SparringError, Stopped, UsageError
+from sparring.launch.errors import SparringError, Stopped, UsageError, defect
 
 _RESUME = "stopped; run the same command again to go on"
 COMMANDS = {
@@ -382,23 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparring: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
-        print(f"sparring: {_bug(error)}", file=sys.stderr)
+        print(f"sparring: {defect(error)}", file=sys.stderr)
         return SparringError.exit_code
-
-
-def _bug(error: Exception) -> str:
-    """What to say of an error that is nobody's input: its traceback is for those who mend it."""
-    import tempfile
-    import traceback
-
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="sparring-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
-    return (
-        f"a defect of sparring: {type(error).__name__}: {error}\n"
-        f"The traceback is in {file.name}; please report it."
-    )
 
 
 if __name__ == "__main__":
