@@ -224,7 +224,8 @@ JUDGE = Stage(
         "second?": "another judge's artifact of the same responses, to compare with",
     },
     packages=("torch", "transformers", "if-verifiable"),
-    reads=("name", "path", "members.name", "members.path"),
+    reads=("path", "members.path"),
+    plugins=("name", "members.name"),
 )
 PAIR = Stage(
     name="pair",
@@ -240,7 +241,7 @@ PAIR = Stage(
         "previous?": "the previous iteration's pairs, to be mixed in",
     },
     light=True,
-    reads=("rule",),
+    plugins=("rule",),
 )
 REFERENCE = Stage(
     name="reference",
@@ -264,7 +265,7 @@ TRAIN = Stage(
     version="1",
     inputs={"model": "policy folder to start from", "pairs": "artifact of the reference stage"},
     packages=_TRAINERS,
-    reads=("algorithm",),
+    plugins=("algorithm",),
 )
 EXTRAPOLATE = Stage(
     name="extrapolate",
@@ -294,7 +295,8 @@ EVALUATE = Stage(
     },
     single=True,
     packages=("torch", "transformers", "if-verifiable"),
-    reads=("judge.name", "judge.path", "judge.members.name", "judge.members.path"),
+    reads=("judge.path", "judge.members.path"),
+    plugins=("judge.name", "judge.members.name"),
 )
 
 STAGES = {

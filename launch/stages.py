@@ -91,6 +91,8 @@ class Stage:
     reads: tuple[str, ...] = ()
     """Settings that may name a local file, a folder or ``module:function``, whose bytes decide the
     result; dotted below sections and lists of sections. Part of the content key."""
+    plugins: tuple[str, ...] = ()
+    """Settings that may name ``module:function``, but never a file: "sppo" is no folder."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,9 @@ def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) ->
 
 def _named_files(step: Step) -> dict[str, str]:
     """Digests of what a step's settings name on this machine."""
-    values = [v for key in step.stage.reads for v in _settings(step.config, key.split("."))]
+    stage, config = step.stage, step.config
+    values = [v for key in stage.reads for v in _settings(config, key.split("."))]
+    values += [v for key in stage.plugins for v in _settings(config, key.split(".")) if ":" in v]
     paths = {value: _local(value) for value in values if value}
     return {value: artifacts.content_digest(path) for value, path in paths.items() if path}
 

@@ -110,7 +110,7 @@ TRAIN_IMAGES = Stage(
         "opponent?": f"{_MODEL}, of the opponent; the start if not given",
     },
     packages=("torch", "diffusers", "deepspeed", "accelerate", "peft"),
-    reads=("weight",),
+    plugins=("weight",),
 )
 EVALUATE_IMAGES = Stage(
     name="evaluate-images",

@@ -170,6 +170,13 @@ def test_the_bytes_of_files_that_settings_name_are_part_of_the_key(
         assert key(mode) != first
         path.write_text("x = 1")
         assert key(mode) == first
+    # A setting that is a plug-in's name or a built-in one's is no folder that happens to be here.
+    monkeypatch.chdir(tmp_path)
+    named = dataclasses.replace(toy.ADD, plugins=("mode",))
+    step = Step("one", named, toy.Add(mode="sppo"), {})
+    first = stages.content_key(step, {}, INLINE)
+    (tmp_path / "sppo").mkdir()
+    assert stages.content_key(step, {}, INLINE) == first
     plain = stages.content_key(Step("one", toy.ADD, toy.Add(mode="no file"), {}), {}, INLINE)
     assert key("no file") == plain
 
