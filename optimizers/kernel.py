@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("mars_adamw.c")
 _REALS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_WHOLE = 1 << 16
+_WHOLE = 1 << 18
 """Tensors below this many elements are one thread's work."""
 
 
@@ -56,30 +56,25 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         real, pointer, count = _REALS[dtype][1], ctypes.c_void_p, ctypes.c_int64
-        self._square_sum = library.square_sum
         self._square_sums = library.square_sums
         self._mars_adamw = library.mars_adamw
-        self._square_sum.argtypes = [count, pointer]
         self._square_sums.argtypes = [count, pointer, pointer, real, pointer]
         self._mars_adamw.argtypes = [count, *[pointer] * 6, *[real] * 8]
-        self._square_sum.restype = ctypes.c_double
         self._square_sums.restype = self._mars_adamw.restype = None
 
     def norm(self, tensor: Tensor) -> float:
         """Euclidean norm."""
-
-        def part(offset: int, count: int) -> float:
-            return float(self._square_sum(count, _at(tensor, offset)))
-
-        return math.sqrt(sum(_spread(tensor.numel(), part)))
+        return self._norms(tensor, None, 0.0)[0]
 
     def norms(self, grad: Tensor, last_grad: Tensor, coefficient: float) -> tuple[float, float]:
         """|g| and |g + kappa (g - h)|, in one pass and without writing the vector."""
+        return self._norms(grad, last_grad, coefficient)
 
+    def _norms(self, grad: Tensor, last: Tensor | None, coefficient: float) -> tuple[float, float]:
         def part(offset: int, count: int) -> tuple[float, float]:
             sums = (ctypes.c_double * 2)()
-            g, h = _at(grad, offset), _at(last_grad, offset)
-            self._square_sums(count, g, h, coefficient, sums)
+            places = [None if v is None else _at(v, offset) for v in (grad, last)]
+            self._square_sums(count, *places, coefficient, sums)
             return sums[0], sums[1]
 
         own, corrected = zip(*_spread(grad.numel(), part), strict=True)
@@ -171,7 +166,8 @@ def _spread(size: int, work: Callable[[int, int], Part]) -> list[Part]:
         return [work(0, size)]
     borders = [size * n // threads for n in range(threads + 1)]
     counts = [end - start for start, end in pairwise(borders)]
-    return list(_pool(threads, os.getpid()).map(work, borders[:-1], counts))
+    others = _pool(threads - 1, os.getpid()).map(work, borders[1:-1], counts[1:])
+    return [work(0, counts[0]), *others]
 
 
 @cache
