@@ -75,10 +75,10 @@ class Sharding:
         """Shard model and optimizer; returns what to call."""
         self._model, self._optimizer = self.accelerator.prepare(model, optimizer)
         if self._ema_decay:
-            self._ema = EMA(self._bare(), self._ema_decay)
+            self._ema = EMA(self.bare(), self._ema_decay)
         return self._model
 
-    def _bare(self) -> nn.Module:
+    def bare(self) -> nn.Module:
         """The model without wrappers, whose parameters have the names it was given with."""
         assert self._model is not None
         return self.accelerator.unwrap_model(self._model)  # type: ignore[no-any-return]
@@ -108,8 +108,9 @@ class Sharding:
             self._optimizer.step()
             self._optimizer.zero_grad()
         else:
+            found = self._replicated_norm()
             self._engine.step()
-            norm = self._engine_norm()
+            norm = self._engine_norm() if found is None else found
         if self._ema:
             self._ema.update()
         return norm
@@ -122,8 +123,9 @@ class Sharding:
                 self._optimizer.step()
             self._optimizer.zero_grad()
             return norm
+        found = self._replicated_norm()
         take_moments(self._engine)
-        return self._engine_norm()
+        return self._engine_norm() if found is None else found
 
     @property
     def _engine(self) -> Any:
@@ -133,6 +135,13 @@ class Sharding:
         assert self._model is not None
         limit = self._clip or float("inf")
         return float(self.accelerator.clip_grad_norm_(self._model.parameters(), limit))
+
+    def _replicated_norm(self) -> float | None:
+        """Without ZeRO every rank has all gradients, averaged, and DeepSpeed keeps no norm."""
+        if self.stage != 0:
+            return None
+        gradients = [p.grad for p in self.bare().parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
 
     def _engine_norm(self) -> float:
         norm = self._engine.get_global_grad_norm()

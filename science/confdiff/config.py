@@ -215,6 +215,9 @@ class GuideConfig(TrainingConfig):
     """Decay of a moving average of the weights, which then is the result; 0: none."""
     save_every: int = 500
     """Optimizer steps between checkpoints; 0: none."""
+    consistency: float = 10.0
+    """force: weight of agreeing with the slope of the energy that is learnt beside it, which moves
+    no minimum and has none of the noise of score matching; 0: score matching alone."""
     anchor: float = 0.0
     """force: weight of matching simulated forces at t = 0 beside the exact objective."""
     train_trunk: bool = True
@@ -227,6 +230,7 @@ class GuideConfig(TrainingConfig):
         within("contrast", self.contrast, 2, math.inf)
         if self.kind == "energy":
             within("batch", self.batch, 2, math.inf)
+        within("consistency", self.consistency, 0, math.inf)
         within("anchor", self.anchor, 0, math.inf)
 
 

@@ -160,19 +160,33 @@ class EnergyGradient:
     def __call__(self, x: Frames, t: float) -> Tangent:
         """(B, N, 3)"""
         with torch.enable_grad():
-            step = Tangent(
-                torch.zeros_like(x.translations).requires_grad_(),
-                torch.zeros_like(x.translations).requires_grad_(),
-            )
+            step = no_step(x)
             energy = self.energy(moved_along(x, step), t)
-            # An energy of translations alone has no gradient along rotations, and the reverse.
-            gradients = torch.autograd.grad(
-                energy.sum(),
-                (step.translation, step.rotation),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        return Tangent(*gradients).projected(self.mask)
+            return slope(energy, step, self.mask)
+
+
+def no_step(x: Frames) -> Tangent:
+    """(B, N, 3) zeros that ask for a gradient: `moved_along` them, a function of x has a slope."""
+    zeros = torch.zeros_like(x.translations)
+    return Tangent(zeros.clone().requires_grad_(), zeros.requires_grad_())
+
+
+def slope(energy: Tensor, step: Tangent, mask: Tensor) -> Tangent:
+    """grad E along the step it was computed with: along T, and along the body's axes for R.
+
+    Args:
+        energy: (B,), each a function of its own sample alone.
+        step: of :func:`no_step`.
+        mask: (B, N) bool; the motion of the centre is taken out.
+    """
+    # An energy of translations alone has no gradient along rotations, and the reverse.
+    gradients = torch.autograd.grad(
+        energy.sum(),
+        (step.translation, step.rotation),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return Tangent(*gradients).projected(mask)
 
 
 def energy_guidance(

@@ -5,7 +5,8 @@ agree (tests/science/confdiff/test_guidance_losses.py):
 
     contrastive energy prediction   fits E_t   (Lu et al., arXiv 2304.12824; ConfDiff's Energy)
     weighted score matching         fits F_t = grad E_t (as in arXiv 2503.04975; ConfDiff's Force
-                                    has the same target, by importance sampling in a batch)
+                                    has the same target, by importance sampling in a batch), with
+                                    the slope of an energy that is learnt beside it
 
 Weights e^(-k E) may be large, so callers divide them by their mean over the *data set*: a constant,
 which moves no minimum. Dividing by the mean of a batch does.
@@ -101,6 +102,28 @@ def force_loss(
     noise = base_score.plus(conditional_score, -1.0)
     w, apart = (v.to(force.translation)[:, None, None] for v in (weights, weights - expected))
     return tangent_dot(force, force.times(w).plus(noise, -2 * apart), t, mask, process)
+
+
+def consistency_loss(
+    force: Tangent, slope: Tangent, t: Tensor, mask: Tensor, process: Process
+) -> Tensor:
+    """|h - grad f|^2: at the common minimum of h and f both are F_t = grad E_t.
+
+    So it moves no minimum, whatever its weight. A value is far easier to learn from weights than a
+    gradient, whose noise is that of the scores; h takes from f what f has already learnt.
+
+    Args:
+        force: (B, N, 3) h, 1/nm and 1/rad.
+        slope: (B, N, 3) grad f, of :func:`mean_weight_loss`'s energy, without gradient.
+        t: (B,).
+        mask: (B, N) bool.
+        process: whose scales.
+
+    Returns:
+        (B,), in units of the scores.
+    """
+    apart = force.plus(slope, -1.0)
+    return tangent_dot(apart, apart, t, mask, process)
 
 
 def mean_weight_loss(energy: Tensor, weights: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ from sparring.optimizers import build_optimizer
 from sparring.science.confdiff.config import GuideConfig
 from sparring.science.confdiff.dataset import Dataset, Representations, read_conformations
 from sparring.science.confdiff.frames import Frames
+from sparring.science.confdiff.guidance import no_step, slope
 from sparring.science.confdiff.guidance_losses import (
     anchor_target,
+    consistency_loss,
     contrastive_energy_loss,
     force_anchor_loss,
     force_loss,
@@ -38,7 +40,7 @@ from sparring.science.confdiff.heads import EnergyNetwork, ForceNetwork
 from sparring.science.confdiff.network import WEIGHTS, ConformationNetwork, load
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.structures import forces_array
-from sparring.science.confdiff.tangent import Score, Tangent
+from sparring.science.confdiff.tangent import Score, Tangent, moved_along
 from sparring.science.confdiff.train import chains, drawn, save
 from sparring.science.confdiff.weights import Labels, contrasts
 
@@ -137,10 +139,28 @@ class GuideTrainer:
         loss = force_loss(force, base, target, weights, expected, t, batch.mask, self.process)
         loss = loss + mean_weight_loss(made.energy, weights)
         found = {"loss": loss, "blank": torch.ones_like(loss)}
+        if self.settings.consistency:
+            of_energy = self._slope(x_t, t, batch)
+            apart = consistency_loss(force, of_energy, t, batch.mask, self.process)
+            found["inconsistency"] = apart
+            found["loss"] = found["loss"] + self.settings.consistency * apart
         if self.settings.anchor:
             found["anchor"] = self._anchor(batch, rows, weights)
-            found["loss"] = loss + self.settings.anchor * found["anchor"]
+            found["loss"] = found["loss"] + self.settings.anchor * found["anchor"]
         return found["loss"].sum(), _sums(found)
+
+    def _slope(self, x: Frames, t: Tensor, batch: Any) -> Tangent:
+        """grad f of the energy that a force network learns too.
+
+        By a forward pass of its own, past DeepSpeed, which takes any backward pass from an output
+        of its engine for the one of the loss.
+        """
+        network, told = self.sharding.bare(), chains(self.config, batch).inputs(self.config)
+        step = no_step(x)
+        at = moved_along(x, step)
+        with self.sharding.autocast():
+            made = network(at.rotations, at.translations, t.float(), **told)
+        return slope(made.energy, step, batch.mask)
 
     @torch.no_grad()
     def _base_score(self, x: Frames, t: Tensor, batch: Any) -> Score:

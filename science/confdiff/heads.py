@@ -158,13 +158,15 @@ class ForceNetwork(GuidanceModel):
     """F_t = grad E_t as (1 - t) lambda(t) v, v invariant and of the size of 1; 0 at t = 1.
 
     lambda are the scores' scales (`Process.score_scale`), so that a loss in units of the scores has
-    as much gradient at small t as at large. Signed as the gradient of the energy: guidance takes it
+    as much gradient at small t as at large. E_t has a head of its own, which the force's noise then
+    disturbs less. Signed as the gradient of the energy: guidance takes it
     away from the score, so that MD's force, minus a gradient, would be its negative.
     """
 
     def __init__(self, config: ConformationConfig) -> None:
         super().__init__(config)
-        self.force = Head(config.shape, config.head_blocks, 7)
+        self.force = Head(config.shape, config.head_blocks, 6)
+        self.energy = Head(config.shape, config.head_blocks, 1)
         self.process = config.diffusion
         self.post_init()
         self.freeze()
@@ -188,9 +190,10 @@ class ForceNetwork(GuidanceModel):
         )
         rotations, translations = rotations.to(exact), translations.to(exact)
         inputs = (nodes, pairs, rotations, translations, mask, initial)
-        found = (1 - t.to(exact)[:, None, None]) * self.force(*inputs).to(exact)
-        force, torque, energy = found.split((3, 3, 1), -1)
-        scales = [scale.to(found)[:, None, None] for scale in self.process.score_scale(t)]
+        early = (1 - t.to(exact))[:, None, None]
+        force, torque = (early * self.force(*inputs).to(exact)).chunk(2, -1)
+        energy = early * self.energy(*inputs).to(exact)
+        scales = [scale.to(force)[:, None, None] for scale in self.process.score_scale(t)]
         return Forces(
             translation=scales[0] * turned(rotations, force),
             rotation=scales[1] * torque,

@@ -80,7 +80,7 @@ GUIDE = Stage(
     summary="train a network of energy or force on labelled conformations",
     function=f"{_HERE}.guide:run",
     config=GuideConfig,
-    version="2",
+    version="3",
     inputs={
         "model": "folder of the base network, made by conf-train",
         "data*": f"{_ROWS}, with energies and a temperature",

@@ -15,6 +15,7 @@ from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance_losses import (
     anchor_target,
     boltzmann_weights,
+    consistency_loss,
     contrastive_energy_loss,
     force_anchor_loss,
     force_loss,
@@ -207,6 +208,42 @@ def test_the_control_takes_noise_out_of_the_force_s_gradient() -> None:
         ]
         spread.append(float((slope[0] - slope[1]).std()))
     assert spread[1] < 0.4 * spread[0]
+
+
+def test_the_slope_of_a_learnt_energy_takes_noise_out_of_the_force() -> None:
+    # Of 400 points of the line: F = h_0 + h_1 x, and E = f_0 x + f_1 x^2 / 2 learnt beside it.
+    t, count = 0.1, 400
+    still = torch.eye(3, dtype=torch.float64).expand(count, 2, 3, 3)
+    mask, time = torch.ones(count, 2, dtype=torch.bool), torch.full((count,), t).double()
+    zero, control = torch.zeros(count, 2, 3, dtype=torch.float64), torch.ones(count).double()
+
+    def opposed(values: Tensor) -> Tensor:
+        return along(torch.stack([values, *torch.zeros(2, count).double()], -1))
+
+    def error(seed: int, weight: float) -> float:
+        clean = normal(count, seed=seed)
+        x = float(PROCESS.alpha(t)) * clean
+        x = x + float(PROCESS.std(t)) * normal(count, seed=1000 + seed)
+        weights = boltzmann_weights((clean - 1.5) ** 2 / 2)
+        places = Frames(still, opposed(x)), Frames(still, opposed(clean))
+        given, base = PROCESS.score_given(*places, time, mask), Tangent(opposed(-x), zero)
+
+        def of_energy(at: Tensor) -> Tensor:
+            free = at[0] * x + at[1] * x**2 / 2
+            return mean_weight_loss(free + (-free).exp().mean().log(), weights).mean()
+
+        learnt = minimum(of_energy, 8)
+
+        def of_force(at: Tensor) -> Tensor:
+            force, slope = (Tangent(opposed(v[0] + v[1] * x), zero) for v in (at, learnt))
+            exact = force_loss(force, base, given, weights, control, time, mask, PROCESS)
+            apart = consistency_loss(force, slope, time, mask, PROCESS)
+            return (exact + weight * apart).mean()
+
+        return float((minimum(of_force, 1) - torch.tensor(analytic(t))).square().sum())
+
+    alone, both = (np.mean([error(seed, weight) for seed in range(10)]) for weight in (0.0, 10.0))
+    assert both < 0.1 * alone
 
 
 def test_the_anchor_is_the_mean_force_of_a_potential_in_two_dimensions() -> None:

@@ -75,6 +75,25 @@ def test_contrasts_do_not_depend_on_micro_batches(
     assert all(float((v - found[1][1][k]).abs().max()) < 1e-4 for k, v in found[0][1].items())
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("zero", ["2", pytest.param("3", marks=pytest.mark.slow)])
+def test_two_ranks_with_zero_learn_the_same_force(
+    zero: str, simulated: Path, base: Path, tmp_path: Path, conf: Conf, training: tuple[str, ...]
+) -> None:
+    # The slope of the energy is a backward pass of its own, before that of the loss.
+    options = ("--temperature", "350", "--steps", "3", *training, "--optimizer.eps", "1e-4")
+    ranks = ("--launch.processes", "2", "--micro-batch", "8", "--zero", zero,
+             "--gradient-checkpointing", "True")  # fmt: skip
+    one = conf("guide", tmp_path / "one", *options, data=simulated, model=base)
+    two = conf("guide", tmp_path / "two", *options, *ranks, data=simulated, model=base)
+    assert two["zero"] == int(zero)
+    assert one["inconsistency"] == pytest.approx(two["inconsistency"], rel=1e-3) != 0
+    apart = [
+        (v - weights(tmp_path / "two")[k]).abs().max() for k, v in weights(tmp_path / "one").items()
+    ]
+    assert float(max(apart)) < 1e-4
+
+
 def test_times_are_drawn_where_energies_are_seen() -> None:
     process = Process(t_min=0.002)
     uniform, _ = drawn(0, 1, range(500), 1, process)
