@@ -36,6 +36,7 @@ class Sharding:
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
         self.stage = zero_stage(config, world)
@@ -52,6 +53,8 @@ class Sharding:
         self._half = config.precision == "bfloat16"
         if self._half and self.stage is None:
             options["mixed_precision"] = "bf16"
+        # A process has one state, of its first accelerator; stages of one process may differ.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(**options)
         # It warns of tied weights at every checkpoint, which load as they were saved.
         logging.getLogger("accelerate").setLevel(logging.ERROR)
