@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from confdiff_inputs import everyone, normal
 from torch import Tensor
 
 from sparring.science.confdiff.frames import Frames
@@ -39,10 +40,6 @@ PROCESS = Process()
 Line = Callable[[Tensor, float], Tensor]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 class Draws:
     """Noise of many samples at once."""
 
@@ -52,10 +49,6 @@ class Draws:
     def draw(self) -> Tangent:
         drawn = torch.randn(self.shape, generator=self.stream, dtype=torch.float64)
         return Tangent(drawn[..., :3], drawn[..., 3:])
-
-
-def everyone(*shape: int) -> Tensor:
-    return torch.ones(*shape, dtype=torch.bool)
 
 
 def on_line(x: Frames) -> Tensor:

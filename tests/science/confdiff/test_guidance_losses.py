@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from confdiff_inputs import draws, frames, normal
 from torch import Tensor
 
 from sparring.science.confdiff.config import GAS_CONSTANT
@@ -34,18 +35,6 @@ from sparring.science.confdiff.tangent import Tangent
 PROCESS = Process()
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def frames(*shape: int, seed: int = 0) -> Frames:
-    return Frames(exp_rotation(2 * normal(*shape, 3, seed=seed)), normal(*shape, 3, seed=seed + 1))
-
-
-def draws(*shape: int, seed: int = 5) -> Tangent:
-    return Tangent(normal(*shape, 3, seed=seed), normal(*shape, 3, seed=seed + 1))
 
 
 def along(value: Tensor) -> Tensor:

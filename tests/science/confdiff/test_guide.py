@@ -12,33 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from confdiff_inputs import fails, rows, weights
 from safetensors.torch import load_file, save_file
 
-from sparring.launch.cli import main
 from sparring.launch.errors import SparringError
-from sparring.launch.rows import read_rows
-from sparring.science.confdiff.dataset import CONFORMATIONS, Dataset
+from sparring.science.confdiff.dataset import Dataset
 from sparring.science.confdiff.labels import label
 from sparring.science.confdiff.process import Process
-from sparring.science.confdiff.rows import Conformation
 from sparring.science.confdiff.train import drawn
 from sparring.science.confdiff.weights import Labels
 
 Conf = Callable[..., dict[str, Any]]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    capsys.readouterr()
-    code = main([str(word) for word in arguments])
-    return code, capsys.readouterr().err
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def rows(folder: Path) -> list[Conformation]:
-    return read_rows(folder / CONFORMATIONS, Conformation)
 
 
 @pytest.mark.parametrize("kind", ["energy", "force"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from confdiff_inputs import normal
 from torch import Tensor
 
 from sparring.science.confdiff.frames import Frames
@@ -17,10 +18,6 @@ from sparring.science.confdiff.sizes import SIZES
 
 SMALL = dataclasses.asdict(dataclasses.replace(SIZES["tiny"], blocks=2))
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def base() -> ConformationNetwork:

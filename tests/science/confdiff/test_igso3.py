@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from confdiff_inputs import normal
 from scipy.stats import kstest
-from torch import Tensor
 
 from sparring.science.confdiff.igso3 import (
     UNIFORM,
@@ -31,10 +31,6 @@ def series(omega: np.ndarray, eps: float) -> np.ndarray:
     order = np.arange(2000)[:, None]
     terms = (2 * order + 1) * np.exp(-order * (order + 1) * eps**2 / 2)
     return np.asarray((terms * np.sin((order + 0.5) * omega)).sum(0) / np.sin(omega / 2))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("eps", EPS)

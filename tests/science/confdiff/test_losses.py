@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from confdiff_inputs import draws, frames, normal
 
 from sparring.science.confdiff.config import LossConfig
 from sparring.science.confdiff.frames import Frames
@@ -24,23 +24,10 @@ from sparring.science.confdiff.losses import (
     translation_loss,
 )
 from sparring.science.confdiff.process import Process
-from sparring.science.confdiff.tangent import Tangent
 
 PROCESS = Process()
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def frames(*shape: int, seed: int = 0) -> Frames:
-    return Frames(exp_rotation(2 * normal(*shape, 3, seed=seed)), normal(*shape, 3, seed=seed + 1))
-
-
-def draws(*shape: int, seed: int = 5) -> Tangent:
-    return Tangent(normal(*shape, 3, seed=seed), normal(*shape, 3, seed=seed + 1))
 
 
 def test_scores_are_in_units_of_their_size() -> None:

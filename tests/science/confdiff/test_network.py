@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from confdiff_inputs import normal
 from torch import Tensor
 
 from sparring.launch.errors import SparringError
@@ -24,10 +25,6 @@ from sparring.science.confdiff.sizes import SIZES, NetworkSize
 from sparring.science.confdiff.trunk import quaternion_rotation
 
 SMALL = dataclasses.asdict(dataclasses.replace(SIZES["tiny"], blocks=2))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def network(**config: object) -> ConformationNetwork:

@@ -6,30 +6,18 @@ import math
 
 import pytest
 import torch
+from confdiff_inputs import draws, frames
 from torch import Tensor
 
 from sparring.science.confdiff.frames import Frames
-from sparring.science.confdiff.igso3 import exp_rotation
 from sparring.science.confdiff.oracle import FiniteSet
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.solvers import SampleNoise, solve
-from sparring.science.confdiff.tangent import Tangent, moved_along
+from sparring.science.confdiff.tangent import moved_along
 
 PROCESS = Process()
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 ENERGIES = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def frames(*shape: int, seed: int = 0) -> Frames:
-    return Frames(exp_rotation(2 * normal(*shape, 3, seed=seed)), normal(*shape, 3, seed=seed + 1))
-
-
-def draws(*shape: int, seed: int = 5) -> Tangent:
-    return Tangent(normal(*shape, 3, seed=seed), normal(*shape, 3, seed=seed + 1))
 
 
 def oracle(padding: int = 0) -> FiniteSet:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from confdiff_inputs import draws, everyone, frames
 from scipy.stats import kstest
-from torch import Tensor
 
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.igso3 import exp_rotation, log_rotation
@@ -15,22 +15,6 @@ from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.tangent import Tangent, moved_along
 
 PROCESS = Process()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def frames(*shape: int, seed: int = 0) -> Frames:
-    return Frames(exp_rotation(2 * normal(*shape, 3, seed=seed)), normal(*shape, 3, seed=seed + 1))
-
-
-def draws(*shape: int, seed: int = 5) -> Tangent:
-    return Tangent(normal(*shape, 3, seed=seed), normal(*shape, 3, seed=seed + 1))
-
-
-def everyone(*shape: int) -> Tensor:
-    return torch.ones(*shape, dtype=torch.bool)
 
 
 def test_coefficients() -> None:

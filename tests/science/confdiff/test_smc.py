@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from confdiff_inputs import everyone
 from torch import Tensor
 
 from sparring.launch.errors import SparringError
@@ -32,10 +33,6 @@ class Draws:
     def draw(self) -> Tangent:
         drawn = torch.randn(self.shape, generator=self.stream, dtype=torch.float64)
         return Tangent(drawn[..., :3], drawn[..., 3:])
-
-
-def everyone(*shape: int) -> Tensor:
-    return torch.ones(*shape, dtype=torch.bool)
 
 
 # A line as in test_guidance.py: the first coordinate of (T_1 - T_2) / sqrt 2, q_0 = N(0, 1),

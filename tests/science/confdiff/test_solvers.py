@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from confdiff_inputs import everyone, normal
 from torch import Tensor
 
 from sparring.launch.errors import SparringError
@@ -30,14 +31,6 @@ from sparring.science.confdiff.solvers import (
 from sparring.science.confdiff.tangent import Score, Tangent
 
 PROCESS = Process()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def everyone(*shape: int) -> Tensor:
-    return torch.ones(*shape, dtype=torch.bool)
 
 
 class Draws:

@@ -11,32 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from confdiff_inputs import fails, rows, weights
 
 from sparring.launch.artifacts import hash_json
-from sparring.launch.cli import main
-from sparring.launch.rows import read_rows
-from sparring.science.confdiff.dataset import CONFORMATIONS, bucketed
-from sparring.science.confdiff.rows import Conformation
+from sparring.science.confdiff.dataset import bucketed
 from sparring.science.confdiff.structures import atoms_array
 from sparring.science.confdiff.validity import sound
 
 Conf = Callable[..., dict[str, Any]]
 SAMPLING = ("--steps", "8", "--filter", "False")
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    capsys.readouterr()
-    code = main([str(word) for word in arguments])
-    return code, capsys.readouterr().err
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def rows(folder: Path) -> list[Conformation]:
-    return read_rows(folder / CONFORMATIONS, Conformation)
 
 
 def test_a_simulation_is_rows_with_energies_and_forces(simulated: Path) -> None:
