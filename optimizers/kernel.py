@@ -1,8 +1,8 @@
-"""MARS-AdamW on a CPU in one pass over memory, by a C kernel that is compiled at its first use.
+"""MARS-AdamW and MARS-Lion on a CPU in one pass over memory, in C that is compiled at first use.
 
 A step on a CPU costs what it moves. Bytes a float32 parameter: fused AdamW reads 16 and writes 12.
-The kernel reads 20 and writes 16, and the norms that the clip needs read 4 or 8 before
-(docs/optimizers/mars.md).
+MARS-AdamW reads 20 and writes 16, MARS-Lion reads 16 and writes 12, and the norms that the clip
+needs read 4 or 8 before (docs/optimizers/mars.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from sparring.optimizers.adamw import Settings
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("mars_adamw.c")
+_SOURCE = Path(__file__).with_name("mars.c")
 _REALS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _WHOLE = 1 << 18
@@ -58,9 +58,12 @@ class Kernel:
         real, pointer, count = _REALS[dtype][1], ctypes.c_void_p, ctypes.c_int64
         self._square_sums = library.square_sums
         self._mars_adamw = library.mars_adamw
+        self._mars_lion = library.mars_lion
         self._square_sums.argtypes = [count, pointer, pointer, real, pointer]
         self._mars_adamw.argtypes = [count, *[pointer] * 6, *[real] * 8]
-        self._square_sums.restype = self._mars_adamw.restype = None
+        self._mars_lion.argtypes = [count, *[pointer] * 4, *[real] * 5]
+        for function in (self._square_sums, self._mars_adamw, self._mars_lion):
+            function.restype = None
 
     def norm(self, tensor: Tensor) -> float:
         """Euclidean norm."""
@@ -80,7 +83,7 @@ class Kernel:
         own, corrected = zip(*_spread(grad.numel(), part), strict=True)
         return math.sqrt(sum(own)), math.sqrt(sum(corrected))
 
-    def step(
+    def adamw(
         self,
         param: Tensor,
         grad: Tensor,
@@ -94,7 +97,7 @@ class Kernel:
         coefficient: float,
         scale: float,
     ) -> None:
-        """Correct, scale, update and remember the gradient.
+        """MARS-AdamW: correct, scale, update and remember the gradient.
 
         Args:
             max_exp_avg_sq: amsgrad's.
@@ -105,20 +108,41 @@ class Kernel:
         lr, beta1, beta2, eps = float(settings.lr), settings.beta1, settings.beta2, settings.eps
         decay, size = 1 - lr * settings.weight_decay, lr / (1 - beta1**number)
         root = 1 / math.sqrt(1 - beta2**number)
-        held = [param, grad, last_grad, exp_avg, exp_avg_sq]
-        if max_exp_avg_sq is not None:
-            held.append(max_exp_avg_sq)
+        held = (param, grad, last_grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        numbers = (coefficient, scale, beta1, beta2, decay, size, root, eps)
+        self._call(self._mars_adamw, held, numbers)
+
+    def lion(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        last_grad: Tensor,
+        exp_avg: Tensor,
+        settings: Settings,
+        *,
+        coefficient: float,
+        scale: float,
+    ) -> None:
+        """MARS-Lion; arguments as :meth:`adamw`'s."""
+        lr = float(settings.lr)
+        decay = 1 - lr * settings.weight_decay
+        held = (param, grad, last_grad, exp_avg)
+        self._call(self._mars_lion, held, (coefficient, scale, settings.beta1, decay, lr))
+
+    def _call(
+        self, function: Any, held: tuple[Tensor | None, ...], numbers: tuple[float, ...]
+    ) -> None:
+        """Tensors are the parameter, its gradient, and what else is written to."""
 
         def part(offset: int, count: int) -> None:
-            arrays = [_at(tensor, offset) for tensor in held]
-            self._mars_adamw(
-                count, *arrays, *[None] * (6 - len(held)),
-                coefficient, scale, beta1, beta2, decay, size, root, eps,
-            )  # fmt: skip
+            function(count, *(None if v is None else _at(v, offset) for v in held), *numbers)
 
+        param = held[0]
+        assert param is not None
         _spread(param.numel(), part)
         # What autograd and NormCache know of a change in place.
-        torch.autograd.graph.increment_version([held[0], *held[2:]])
+        written = [v for v in (param, *held[2:]) if v is not None]
+        torch.autograd.graph.increment_version(written)
 
 
 @cache
@@ -142,7 +166,7 @@ def _compiled(command: list[str]) -> ctypes.CDLL:
     # In a folder of this process, though it takes 0.2 s: a shared one would need locks, and on a
     # cluster it would hold another machine's instructions.
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "mars_adamw.so"
+        library = Path(folder) / "mars.so"
         subprocess.run(
             [*command, str(_SOURCE), "-lm", "-o", str(library)],
             check=True,

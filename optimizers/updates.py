@@ -186,8 +186,13 @@ def _exchanges(
 
 def can_fuse(batch: Batch) -> bool:
     """Whether torch's fused AdamW can make this update."""
+    return batch.rule in ("AdamW", "MARS-AdamW") and _may_fuse(batch)
+
+
+def _may_fuse(batch: Batch) -> bool:
+    """Whether settings, devices and types are for one call that does it all."""
     fused = batch.group["fused"]
-    if fused is False or batch.rule not in ("AdamW", "MARS-AdamW"):
+    if fused is False:
         return False
     if torch.compiler.is_compiling():
         return False  # the compiler fuses the plain operations itself
@@ -203,7 +208,7 @@ def can_fuse(batch: Batch) -> bool:
 
 def kernel_for(batch: Batch) -> Kernel | None:
     """The kernel, where it can make the whole step of a batch."""
-    if batch.rule != "MARS-AdamW" or not can_fuse(batch):
+    if batch.rule not in ("MARS-AdamW", "MARS-Lion") or not _may_fuse(batch):
         return None
     held = (batch.params, batch.grads, batch.last_grads, batch.exp_avgs, batch.exp_avg_sqs)
     tensors = [t for array in (*held, batch.max_exp_avg_sqs) for t in array]
@@ -226,18 +231,19 @@ def kernel_step(batch: Batch, known: NormCache) -> None:
             scale = batch.scales[n]
         elif clip:
             scale, norm = _scale_and_norm(batch.kernel, grad, last, kappa, known.get(last))
-        batch.kernel.step(
-            batch.params[n],
-            grad,
-            last,
-            batch.exp_avgs[n],
-            batch.exp_avg_sqs[n],
-            batch.max_exp_avg_sqs[n] if batch.max_exp_avg_sqs else None,
-            batch.steps[n].item(),
-            batch.settings,
-            coefficient=kappa,
-            scale=scale,
-        )
+        held = (batch.params[n], grad, last, batch.exp_avgs[n])
+        if batch.rule == "MARS-Lion":
+            batch.kernel.lion(*held, batch.settings, coefficient=kappa, scale=scale)
+        else:
+            batch.kernel.adamw(
+                *held,
+                batch.exp_avg_sqs[n],
+                batch.max_exp_avg_sqs[n] if batch.max_exp_avg_sqs else None,
+                batch.steps[n].item(),
+                batch.settings,
+                coefficient=kappa,
+                scale=scale,
+            )
         if clip and not batch.scales:
             known.put(last, norm)
 

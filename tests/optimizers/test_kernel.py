@@ -20,7 +20,7 @@ def test_the_kernel_ran_and_threads_and_known_norms_change_nothing(
     found = kernel.kernel(torch.float64)
     assert found is not None, "this machine has no C compiler"
     calls: list[float] = []
-    step, norms = found.step, found.norms
+    step, norms = found.adamw, found.norms
 
     def counted(*arguments: Any, **options: Any) -> None:
         calls.append(options["scale"])
@@ -33,7 +33,7 @@ def test_the_kernel_ran_and_threads_and_known_norms_change_nothing(
         exact.append(found_norms[1])
         return found_norms
 
-    monkeypatch.setattr(found, "step", counted)
+    monkeypatch.setattr(found, "adamw", counted)
     monkeypatch.setattr(found, "norms", also_counted)
     monkeypatch.setattr(kernel, "_WHOLE", 4)  # tensors are split over threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -51,6 +51,34 @@ def test_the_kernel_ran_and_threads_and_known_norms_change_nothing(
     assert len(calls) == 12 * matrices
     assert 0 < sum(scale < 1 for scale in calls) < len(calls)
     assert len(exact) < len(calls)  # a bound was enough for some
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_s_kernel_is_the_library_calls(monkeypatch: Any, weight_decay: float) -> None:
+    found = kernel.kernel(torch.float64)
+    assert found is not None
+    calls, lion = [], found.lion
+    monkeypatch.setattr(found, "lion", lambda *a, **o: calls.append(o["scale"]) or lion(*a, **o))
+    monkeypatch.setattr(kernel, "_WHOLE", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    stream = gradients(9, 0.12) + gradients(3, 0.05)
+    plain, small = parameters(), parameters()
+    for tensors, fused in ((plain, False), (small, None)):
+        train(tensors, stream, variant="lion", weight_decay=weight_decay, fused=fused)
+    assert difference(plain, small) < 1e-12
+    assert 0 < sum(scale < 1 for scale in calls) < len(calls)
+
+
+def test_lion_s_kernel_has_no_sign_for_zero_and_none_for_no_number() -> None:
+    found = kernel.kernel(torch.float32)
+    assert found is not None
+    from sparring.optimizers.adamw import Settings
+
+    x, h, m = torch.ones(3), torch.zeros(3), torch.zeros(3)
+    g = torch.tensor([0.0, -2.0, float("nan")])
+    found.lion(x, g, h, m, Settings(0.5, 0.9, 0.99, 0.1, 0.0), coefficient=0.4, scale=1.0)
+    torch.testing.assert_close(x, torch.tensor([0.95, 1.45, float("nan")]), equal_nan=True)
+    torch.testing.assert_close(h, g, equal_nan=True)
 
 
 def test_norms_of_long_tensors() -> None:

@@ -1,4 +1,4 @@
-/* MARS-AdamW on contiguous arrays, in one pass over memory (optimizers/kernel.py).
+/* MARS-AdamW and MARS-Lion on contiguous arrays, in one pass over memory (optimizers/kernel.py).
 
    Compiled once for REAL = float and once for REAL = double. Without -ffast-math: sums are written
    with independent lanes instead, and nothing changes how the process treats small numbers. */
@@ -46,7 +46,21 @@ void square_sums(int64_t n, const REAL *g, const REAL *h, REAL kappa, double *ou
     out[1] = corrected;
 }
 
-/* c = scale (g + kappa (g - h)); h = g; m, v and x as AdamW takes c.
+/* c = scale (g + kappa (g - h)); h = g.
+
+   A loop of its own over a piece, before that of the update: two loops of few streams each are
+   faster than one of all, and c stays in the cache. */
+static inline void correct(int64_t n, const REAL *restrict g, REAL *restrict h, REAL *restrict c,
+                           REAL kappa, REAL scale)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const REAL gradient = g[i];
+        c[i] = scale * (gradient + kappa * (gradient - h[i]));
+        h[i] = gradient;
+    }
+}
+
+/* m, v and x as AdamW takes c, and h = g.
 
    decay = 1 - lr weight_decay; step = lr / (1 - beta1^t); root = 1 / sqrt(1 - beta2^t).
    largest is amsgrad's largest v so far, or null. */
@@ -57,12 +71,7 @@ void mars_adamw(int64_t n, REAL *restrict x, const REAL *restrict g, REAL *restr
     REAL c[PIECE];
     for (int64_t start = 0; start < n; start += PIECE) {
         const int64_t count = n - start < PIECE ? n - start : PIECE;
-        /* Two loops of few streams each are faster than one of all; c stays in the cache. */
-        for (int64_t i = 0; i < count; i++) {
-            const REAL gradient = g[start + i];
-            c[i] = scale * (gradient + kappa * (gradient - h[start + i]));
-            h[start + i] = gradient;
-        }
+        correct(count, g + start, h + start, c, kappa, scale);
         REAL *restrict xs = x + start, *restrict ms = m + start, *restrict vs = v + start;
         if (largest) {
             REAL *restrict most = largest + start;
@@ -80,6 +89,24 @@ void mars_adamw(int64_t n, REAL *restrict x, const REAL *restrict g, REAL *restr
                 vs[i] = square;
                 xs[i] = decay * xs[i] - step * mean / (sqrt(square) * root + eps);
             }
+        }
+    }
+}
+
+/* m and x as Lion takes c, x = decay x - lr sign(m), and h = g. */
+void mars_lion(int64_t n, REAL *restrict x, const REAL *restrict g, REAL *restrict h,
+               REAL *restrict m, REAL kappa, REAL scale, REAL beta1, REAL decay, REAL lr)
+{
+    REAL c[PIECE];
+    for (int64_t start = 0; start < n; start += PIECE) {
+        const int64_t count = n - start < PIECE ? n - start : PIECE;
+        correct(count, g + start, h + start, c, kappa, scale);
+        REAL *restrict xs = x + start, *restrict ms = m + start;
+        for (int64_t i = 0; i < count; i++) {
+            const REAL mean = ms[i] + (1 - beta1) * (c[i] - ms[i]);
+            ms[i] = mean;
+            /* No sign of what is no number. */
+            xs[i] = decay * xs[i] - (mean > 0 ? lr : mean < 0 ? -lr : 0 * mean);
         }
     }
 }
