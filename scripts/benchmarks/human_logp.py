@@ -1,0 +1,62 @@
+"""Two policies on the same held-out conversations: difference of log p of a human token, in pairs.
+
+Figures of docs/alignment/spin.md. RUN is a finished run of spin-smollm2 or sft-smollm2; runs with
+one seed hold out the same conversations. Interval: 95 % bootstrap over conversations.
+
+    python scripts/benchmarks/human_logp.py runs/spin-smollm2 2 runs/sft-smollm2 1
+
+The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sparring.alignment import tokens
+from sparring.alignment.logprobs import ScoredPolicy, response_logps
+from sparring.alignment.models import load_policy
+from sparring.launch.collective import device
+from sparring.launch.statistics import bootstrap_mean
+
+
+def per_token(run: Path, iteration: int, limit: int) -> dict[str, float]:
+    """log p of a human token under the policy after an iteration, by prompt."""
+    policy = run / f"iter{iteration - 1}" / "train"
+    tokenizer = tokens.load_tokenizer(policy)
+    pad = tokens.eos_ids(tokenizer, policy)[0]
+    human = {
+        row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], limit=limit)
+        for row in pq.read_table(run / "prompts" / "heldout.parquet").to_pylist()
+    }
+    table = pq.read_table(run / "heldout0" / "generate" / "responses.parquet").to_pylist()
+    prompts = {row["prompt_id"]: row["prompt_ids"] for row in table}
+    texts = [(prompts[name], human[name]) for name in prompts]
+    scored = ScoredPolicy(load_policy(policy, "float32").to(device()))
+    found = response_logps(scored, texts, pad=pad, batch=16, device=device())
+    return {name: lp / len(human[name]) for name, lp in zip(prompts, found, strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("iteration", type=int)
+    parser.add_argument("other_run", type=Path)
+    parser.add_argument("other_iteration", type=int)
+    parser.add_argument("--limit", type=int, default=48, help="tokens of a human reply")
+    o = parser.parse_args()
+    ours = per_token(o.run, o.iteration, o.limit)
+    theirs = per_token(o.other_run, o.other_iteration, o.limit)
+    if ours.keys() != theirs.keys():
+        raise SystemExit("the runs hold out different conversations; take runs with one seed")
+    apart = np.array([ours[name] - theirs[name] for name in ours])
+    mean, low, high = (round(float(v), 4) for v in bootstrap_mean(apart, seed=0))
+    print(json.dumps({"benchmark": "human_logp", "difference": [mean, low, high], "n": len(apart)}))
+
+
+if __name__ == "__main__":
+    main()
