@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.dataset import Dataset
+from sparring.science.confdiff.guidance import no_step, slope
+from sparring.science.confdiff.guidance_losses import consistency_loss
+from sparring.science.confdiff.heads import ForceNetwork
 from sparring.science.confdiff.labels import label
 from sparring.science.confdiff.process import Process
-from sparring.science.confdiff.train import drawn
+from sparring.science.confdiff.tangent import Tangent, moved_along
+from sparring.science.confdiff.train import chains, drawn
 from sparring.science.confdiff.weights import Labels
 
 Conf = Callable[..., dict[str, Any]]
@@ -76,6 +80,31 @@ def test_two_ranks_with_zero_learn_the_same_force(
         (v - weights(tmp_path / "two")[k]).abs().max() for k, v in weights(tmp_path / "one").items()
     ]
     assert float(max(apart)) < 1e-4
+
+
+def test_a_force_is_drawn_to_the_slope_of_its_energy(
+    simulated: Path, base: Path, tmp_path: Path, conf: Conf
+) -> None:
+    options = ("--temperature", "200", "--steps", "40", "--batch", "40", "--micro-batch", "40",
+               "--lr", "1e-3", "--warmup", "0", "--ema", "0")  # fmt: skip
+    batch = Dataset(rows(simulated)).batch(range(60))
+    apart = {}
+    for weight in ("0", "10"):
+        out = tmp_path / weight
+        conf("guide", out, *options, "--consistency", weight, data=simulated, model=base)
+        network = ForceNetwork.from_pretrained(out).eval()
+        process = network.config.diffusion
+        t, noise = drawn(1, 1, range(60), batch.mask.shape[1], process)
+        x = process.noised(batch.frames, t, batch.mask, noise)
+        told, step = chains(network.config, batch).inputs(network.config), no_step(x)
+        at = moved_along(x, step)
+        made = network(at.rotations, at.translations, t.float(), **told)
+        force = Tangent(made.translation, made.rotation).projected(batch.mask)
+        of_energy = slope(made.energy, step, batch.mask)
+        found = consistency_loss(force, of_energy, t, batch.mask, process)
+        apart[weight] = float(found.mean().detach())
+    # So few steps teach little but noise, which the slope has not.
+    assert apart["10"] < 0.2 * apart["0"]
 
 
 def test_times_are_drawn_where_energies_are_seen() -> None:
