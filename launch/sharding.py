@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,7 @@ class Sharding:
             self._optimizer.step()
             self._optimizer.zero_grad()
         else:
-            found = self._replicated_norm()
-            self._engine.step()
-            norm = self._engine_norm() if found is None else found
+            norm = self._engine_norm(self._engine.step)
         if self._ema:
             self._ema.update()
         return norm
@@ -126,9 +125,7 @@ class Sharding:
                 self._optimizer.step()
             self._optimizer.zero_grad()
             return norm
-        found = self._replicated_norm()
-        take_moments(self._engine)
-        return self._engine_norm() if found is None else found
+        return self._engine_norm(lambda: take_moments(self._engine))
 
     @property
     def _engine(self) -> Any:
@@ -139,16 +136,16 @@ class Sharding:
         limit = self._clip or float("inf")
         return float(self.accelerator.clip_grad_norm_(self._model.parameters(), limit))
 
-    def _replicated_norm(self) -> float | None:
-        """Without ZeRO every rank has all gradients, averaged, and DeepSpeed keeps no norm."""
-        if self.stage != 0:
-            return None
-        gradients = [p.grad for p in self.bare().parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
-
-    def _engine_norm(self) -> float:
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+    def _engine_norm(self, step: Callable[[], None]) -> float:
+        """Make a step; returns the norm of its gradient."""
+        if self.stage == 0:  # DeepSpeed keeps none, and every rank has all gradients, averaged
+            gradients = [p.grad for p in self.bare().parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            step()
+            return float(norm)
+        step()
+        kept = self._engine.get_global_grad_norm()
+        return float(kept) if kept is not None else float("nan")
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum numbers over ranks."""
