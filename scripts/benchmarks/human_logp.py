@@ -1,7 +1,7 @@
 """Two policies on the same held-out conversations: difference of log p of a human token, in pairs.
 
-Figures of docs/alignment/spin.md. RUN is a finished run of spin-smollm2 or sft-smollm2; runs with
-one seed hold out the same conversations. Interval: 95 % bootstrap over conversations.
+Figures of docs/alignment/spin.md. A RUN is one of spin-smollm2 or sft-smollm2, its ITERATION 0 the
+start; runs with one seed hold out the same conversations. Interval: 95 % bootstrap over conversations.
 
     python scripts/benchmarks/human_logp.py runs/spin-smollm2 2 runs/sft-smollm2 1
 
@@ -24,20 +24,35 @@ from sparring.launch.collective import device
 from sparring.launch.statistics import bootstrap_mean
 
 
-def per_token(run: Path, iteration: int, limit: int) -> dict[str, float]:
-    """log p of a human token under the policy after an iteration, by prompt."""
-    policy = run / f"iter{iteration - 1}" / "train"
+def per_token(run: Path, iteration: int) -> dict[str, float]:
+    """log p of a human token under the policy after an iteration, by prompt.
+
+    Raises:
+        SystemExit: the run has not measured that iteration.
+    """
+    measured = run / f"heldout{iteration}"
+    manifest = measured / "evaluate" / "manifest.json"
+    if not manifest.is_file():
+        raise SystemExit(f"{run} has not measured iteration {iteration}: {manifest} is missing")
+    settings = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+    policy = run / f"iter{iteration - 1}" / "train" if iteration else run / "model"
     tokenizer = tokens.load_tokenizer(policy)
-    pad = tokens.eos_ids(tokenizer, policy)[0]
     human = {
-        row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], limit=limit)
+        row["prompt_id"]: tokens.response_ids(
+            tokenizer, row["real"], limit=settings["max_response_tokens"]
+        )
         for row in pq.read_table(run / "prompts" / "heldout.parquet").to_pylist()
     }
-    table = pq.read_table(run / "heldout0" / "generate" / "responses.parquet").to_pylist()
+    table = pq.read_table(measured / "generate" / "responses.parquet").to_pylist()
     prompts = {row["prompt_id"]: row["prompt_ids"] for row in table}
     texts = [(prompts[name], human[name]) for name in prompts]
-    scored = ScoredPolicy(load_policy(policy, "float32").to(device()))
-    found = response_logps(scored, texts, pad=pad, batch=16, device=device())
+    found = response_logps(
+        ScoredPolicy(load_policy(policy, settings["dtype"]).to(device())),
+        texts,
+        pad=tokens.eos_ids(tokenizer, policy)[0],
+        batch=settings["batch"],
+        device=device(),
+    )
     return {name: lp / len(human[name]) for name, lp in zip(prompts, found, strict=True)}
 
 
@@ -47,10 +62,9 @@ def main() -> None:
     parser.add_argument("iteration", type=int)
     parser.add_argument("other_run", type=Path)
     parser.add_argument("other_iteration", type=int)
-    parser.add_argument("--limit", type=int, default=48, help="tokens of a human reply")
     o = parser.parse_args()
-    ours = per_token(o.run, o.iteration, o.limit)
-    theirs = per_token(o.other_run, o.other_iteration, o.limit)
+    ours = per_token(o.run, o.iteration)
+    theirs = per_token(o.other_run, o.other_iteration)
     if ours.keys() != theirs.keys():
         raise SystemExit("the runs hold out different conversations; take runs with one seed")
     apart = np.array([ours[name] - theirs[name] for name in ours])

@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from typing import Any
 import forked
 import pytest
 
+HUMAN_LOGP = Path(__file__).parents[2] / "scripts" / "benchmarks" / "human_logp.py"
 RECIPE = """
 name = "tiny"
 algorithm = "sppo"
@@ -185,6 +188,15 @@ def test_spin_brings_the_policy_to_the_human_responses(sparring: Command) -> Non
     first, second = (manifest["figures"] for manifest in pairs)
     assert first["pairs"] == first["fresh"]
     assert second["pairs"] == second["fresh"] + first["fresh"]
+    # The benchmark behind docs/alignment/spin.md finds the same figures, in pairs.
+    command = [sys.executable, str(HUMAN_LOGP), str(run), "2", str(run), "0"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    difference = json.loads(found.splitlines()[-1])["difference"]
+    assert difference[0] == pytest.approx(likely[2][0] - likely[0][0], abs=1e-3)
+    assert 0 < difference[1] < difference[0] < difference[2]
+    command[3] = "9"
+    wrong = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (wrong.returncode, "has not measured iteration 9" in wrong.stderr) == (1, True)
 
 
 # Resuming
