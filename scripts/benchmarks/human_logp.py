@@ -1,7 +1,7 @@
 """Two policies on the same held-out conversations: difference of log p of a human token, in pairs.
 
 Figures of docs/alignment/spin.md. A RUN is one of spin-smollm2 or sft-smollm2, its ITERATION 0 the
-start; runs with one seed hold out the same conversations. Interval: 95 % bootstrap over conversations.
+start; runs with one seed hold out the same conversations. Interval: 95 % bootstrap over them.
 
     python scripts/benchmarks/human_logp.py runs/spin-smollm2 2 runs/sft-smollm2 1
 
