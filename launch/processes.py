@@ -1,6 +1,6 @@
 """Processes: how a stage's ranks are started, watched and stopped.
 
-A stage is SPMD. One rank runs as one process; several are started by DeepSpeed's own launcher.
+A stage is SPMD. One rank runs as one process; several are started as `launch.hosts` says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from types import FrameType
 from typing import IO, Any
 
 from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.lease import RENEWED, Lease
 
 EVENT = "@sparring "
 _GRACE = 60.0  # seconds a stage has to save a checkpoint after SIGTERM
+_START = 300.0  # seconds the ranks of other hosts have to be there
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def command(python: str, job: Path, ranks: int) -> list[str]:
-    """The command line that runs a job file on this host."""
-    worker = ["sparring.launch.worker", str(job)]
-    if ranks == 1:
-        return [python, "-m", *worker]
-    launcher = [python, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null"]
-    return [
-        *launcher,
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        "--module",
-        *worker,
-    ]
 
 
 def watch_driver(pid: int, host: str) -> bool:
@@ -127,6 +112,12 @@ class _Reader(threading.Thread):
         super().__init__(daemon=True)
         self.ranks: list[int] = []
         """Process ids of the ranks on this host."""
+        self.up: set[int] = set()
+        """Ranks that have started, on any host."""
+        self.last = ""
+        """What was written last."""
+        self.error = ""
+        """What a rank told that could not write it to the folder of errors."""
         self._output, self._log, self._on_event = output, log, on_event
         self.start()
 
@@ -142,8 +133,12 @@ class _Reader(threading.Thread):
                 if text:
                     file.write(text)
                     file.flush()
+                    self.last = text.strip() or self.last
                 if "pid" in told:
-                    self.ranks.append(told["pid"])
+                    self.up.add(told["rank"])
+                    self.ranks += [told["pid"]] if told["here"] else []
+                elif "error" in told:
+                    self.error = self.error or told["error"]
                 elif told:
                     self._on_event(told)
 
@@ -162,8 +157,11 @@ def run(
     errors: Path,
     environment: Mapping[str, str],
     on_event: Callable[[dict[str, Any]], None],
+    lease: Lease | None = None,
 ) -> None:
     """Run a stage's processes to the end; their output goes to `log`, their events to `on_event`.
+
+    Ranks on other hosts are told by `lease` what those here learn from signals.
 
     Raises:
         SparringError: a rank failed; the message is that of the rank that failed first.
@@ -183,20 +181,42 @@ def run(
     assert process.stdout is not None
     reader = _Reader(process.stdout, log, on_event)
     try:
-        code = process.wait()
+        code = _wait(process, lease, reader, errors) if lease else process.wait()
     except (KeyboardInterrupt, Stopped):
         # The ranks alone: DeepSpeed's launcher dies of the signal at once, or kills them too soon.
-        _signal(signal.SIGTERM, *(reader.ranks or [-process.pid]))
+        if lease:
+            lease.renew("stop")
+        _signal(signal.SIGTERM, *(reader.ranks or ([] if lease else [-process.pid])))
         reader.join(_GRACE)
         raise Stopped("stopped; run the same command again to go on") from None
     finally:
+        if lease:
+            lease.renew("end")
         _signal(signal.SIGKILL, -process.pid)
         process.wait()
         reader.join(timeout=5)
     if code == Stopped.exit_code:
         raise Stopped("stopped; run the same command again to go on")
     if code:
-        raise SparringError(_failure(code, log, errors))
+        missing = lease.missing(reader.up) if lease else []
+        raise SparringError(_failure(code, log, errors, reader, missing))
+
+
+def _wait(process: subprocess.Popen[str], lease: Lease, reader: _Reader, errors: Path) -> int:
+    """Wait for the launchers of all hosts; a rank that failed takes the other hosts' ranks down."""
+    started, failed = time.monotonic(), None
+    while True:
+        try:
+            return process.wait(RENEWED)
+        except subprocess.TimeoutExpired:
+            lease.renew()
+        now = time.monotonic()
+        if failed is None and any(errors.glob("rank*.txt")):
+            failed = now
+        late = now - started > _START and lease.missing(reader.up)
+        if late or reader.error or (failed is not None and now - failed > _GRACE):
+            lease.renew("end")
+            _signal(signal.SIGKILL, *reader.ranks, -process.pid)
 
 
 def record_error(errors: Path, rank: int, error: BaseException) -> None:
@@ -210,11 +230,18 @@ def record_error(errors: Path, rank: int, error: BaseException) -> None:
     (errors / f"rank{rank}.txt").write_text(json.dumps(record))
 
 
-def _failure(code: int, log: Path, errors: Path) -> str:
+def _failure(
+    code: int, log: Path, errors: Path, reader: _Reader, missing: Sequence[str] = ()
+) -> str:
     records = [(json.loads(path.read_text()), path.stem) for path in errors.glob("rank*.txt")]
     if not records:
+        if reader.error:
+            return reader.error
+        if missing and reader.up:
+            return f"no rank was started on {', '.join(missing)}; the output is in {log}"
         ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return f"the stage {ending} and left no message; its output is in {log}"
+        last = f"; its last line is: {reader.last}" if reader.last else ""
+        return f"the stage {ending} and left no message; its output is in {log}{last}"
     first, rank = min(records, key=lambda item: item[0]["time"])
     if first["kind"] == "user":
         return str(first["message"])

@@ -196,6 +196,7 @@ def execute(
         Stopped: asked to stop; what is done stays.
     """
     launch: LaunchConfig = recipe.launch
+    stages.all_hosts(launch)  # a wrong one before any work
     computed = 0
     made: dict[str, Path] = {}
     steps = pipeline.steps(recipe)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import typing
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparring.launch import artifacts, processes
+from sparring.launch import artifacts, hosts, processes
 from sparring.launch.artifacts import Artifact
 from sparring.launch.config import build, config, plain
 from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.hosts import Hosts
+from sparring.launch.lease import Lease
 from sparring.launch.processes import World
 
+LEASE = "lease.json"
 Figures = dict[str, Any]
 Source = TypeVar("Source")
 
@@ -39,7 +43,13 @@ class LaunchConfig:
     """How stages are started. Changes nothing of what they compute but rounding in training."""
 
     processes: int = 1
-    """Ranks a stage on this host; more than one are started by DeepSpeed's launcher."""
+    """Ranks a stage on this host, or on each host of a SLURM allocation; more than one are started
+    by DeepSpeed's launcher."""
+    hostfile: str = ""
+    """File of the hosts to run on, reached by pdsh over ssh, as DeepSpeed's: "NAME slots=RANKS" a
+    line, which replaces `processes`. See docs/clusters.md."""
+    slurm: bool = False
+    """Run on all hosts of the SLURM allocation that this is in, reached by srun."""
     inline: tuple[str, ...] = ()
     """Stages to run inside the driver's process on one rank, which saves small models' start-up.
     Other heavy stages have processes of their own, which free all their memory."""
@@ -49,6 +59,8 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"launch.processes must be at least 1, not {self.processes}")
+        if self.hostfile and self.slurm:
+            raise ValueError("launch.hostfile and launch.slurm exclude each other; give one")
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,7 @@ def write_job(step: Step, inputs: Mapping[str, Path], output: Path) -> Path:
         "inputs": {name: str(Path(path).absolute()) for name, path in inputs.items()},
         "output": str(output.absolute()),
         "seed": step.seed,
-        "driver": {"pid": os.getpid(), "host": socket.gethostname()},
+        "driver": {"pid": os.getpid(), "host": socket.gethostname(), "name": uuid.uuid4().hex},
     }
     artifacts.write_json(path, job)
     return path
@@ -278,7 +290,7 @@ def execute(
             "config": plain(step.config),
             "seed": step.seed,
             "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
-            "processes": launch.processes,
+            "processes": _hosts(step, launch).total,
             "seconds": round(time.time() - started, 2),
             "figures": figures,
         }
@@ -297,13 +309,24 @@ def _local_context(step: Step, output: Path, on_event: Callable[[dict[str, Any]]
     )
 
 
-def _ranks(step: Step, launch: LaunchConfig) -> int:
-    return 1 if step.stage.light or step.stage.single else launch.processes
+def all_hosts(launch: LaunchConfig) -> Hosts:
+    """Where stages of more than one rank run.
+
+    Raises:
+        SparringError: the hostfile or the allocation is missing or wrong.
+    """
+    return hosts.find(launch.processes, launch.hostfile, launch.slurm)
+
+
+def _hosts(step: Step, launch: LaunchConfig) -> Hosts:
+    alone = step.stage.light or step.stage.single
+    return Hosts({"localhost": 1}) if alone else all_hosts(launch)
 
 
 def _is_inline(step: Step, launch: LaunchConfig) -> bool:
     chosen = step.stage.name in launch.inline and step.stage.name not in launch.python
-    return step.stage.light or (chosen and _ranks(step, launch) == 1)
+    place = _hosts(step, launch)
+    return step.stage.light or (chosen and place.reach == "here" and place.total == 1)
 
 
 def _run_inline(
@@ -331,14 +354,17 @@ def _run_ranks(
     errors = output / artifacts.WORK / "errors"
     for old in errors.glob("rank*.txt"):
         old.unlink()
+    place = _hosts(step, launch)
+    driver = json.loads(path.read_text())["driver"]["name"]
     processes.run(
-        processes.command(
-            processes.python_of(launch.python, step.stage.name), path, _ranks(step, launch)
-        ),
+        hosts.command(processes.python_of(launch.python, step.stage.name), path.absolute(), place),
         log=logs / f"{step.name.replace('/', '-')}.log",
         errors=errors,
         environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
         on_event=on_event,
+        lease=None
+        if place.reach == "here"
+        else Lease(path.with_name(LEASE), driver, place.names()),
     )
     result = output / artifacts.WORK / "result.json"
     if not result.is_file():

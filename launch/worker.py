@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sparring.launch import artifacts, processes
+from sparring.launch import artifacts, lease, processes
 from sparring.launch.errors import SparringError
 from sparring.launch.processes import World
-from sparring.launch.stages import Context, run_job
+from sparring.launch.stages import LEASE, Context, run_job
 
 
 def main(arguments: list[str]) -> int:
     """Run the job file; keep the exception where the driver finds it when it fails."""
     # DeepSpeed's launcher puts --local_rank=N before or after a module's own arguments.
     path = Path(next(a for a in arguments if not a.startswith("--")))
-    job = json.loads(path.read_text())
-    work = path.parent
-    world = World.from_environment()
-    if processes.watch_driver(job["driver"]["pid"], job["driver"]["host"]):
-        processes.emit(pid=os.getpid())
+    world, work = World.from_environment(), path.parent
+    try:
+        job = json.loads(path.read_text())
+    except FileNotFoundError:
+        processes.emit(
+            error=f"rank {world.rank} on {socket.gethostname()} finds no {path}: the folder of a "
+            "run must be on a file system that all hosts see under the same path"
+        )
+        return 1
+    driver = job["driver"]
+    here = processes.watch_driver(driver["pid"], driver["host"])
+    processes.emit(pid=os.getpid(), rank=world.rank, here=here)
+    if not here:
+        lease.follow(work / LEASE, driver["name"])
     lock = FileLock(work.parent / f".rank{world.rank}.lock")
     try:
         try:

@@ -46,6 +46,11 @@ def add(config: Add, inputs: Mapping[str, Path], output: Path, context: Context)
             time.sleep(0.01)
         (context.work / "saved").write_text("yes")
         raise Stopped("stopped; run the same command again to go on")
+    if config.mode == "world":
+        world, folder = context.world, output / "worlds"
+        folder.mkdir(exist_ok=True)
+        text = f"{world.rank} {world.size} {world.local_rank} {world.local_size}"
+        (folder / str(world.rank)).write_text(text)
     total = config.value + sum(int((path / "n.txt").read_text()) for path in inputs.values())
     (output / "n.txt").write_text(str(total))
     context.emit(done=1, total=1, unit="numbers")

@@ -1,0 +1,67 @@
+"""A run of a tiny model over the hosts of a real cluster, where there is one.
+
+Either in a SLURM allocation, or with SPARRING_TEST_HOSTFILE, and --basetemp on a file system that
+all hosts see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOSTFILE = os.environ.get("SPARRING_TEST_HOSTFILE")
+SLURM = "SLURM_JOB_NODELIST" in os.environ
+RECIPE = """
+name = "tiny"
+algorithm = "sppo"
+iterations = 1
+[model]
+path = "{model}"
+[prompts]
+source = "{prompts}"
+train = 32
+heldout = 16
+[generate]
+engine = "transformers"
+k = 4
+max_new_tokens = 10
+chunk = 8
+[judge]
+name = "letter_judge:make"
+chunk = 8
+[train]
+beta = 1e-2
+lr = 3e-3
+schedule = "constant"
+warmup = 0.0
+batch = 8
+micro_batch = 1
+epochs = 2
+zero = 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.skipif(
+    not (HOSTFILE or SLURM), reason="no cluster: neither SPARRING_TEST_HOSTFILE nor SLURM"
+)
+def test_a_run_over_all_hosts(tmp_path: Path, tiny_model: Path, tiny_prompts: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.format(model=tiny_model, prompts=tiny_prompts))
+    place = ["--launch.hostfile", str(Path(HOSTFILE).absolute())] if HOSTFILE else []
+    command = [sys.executable, "-m", "sparring.launch.cli", "run", str(recipe)]
+    command += [*(place or ["--launch.slurm"]), "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    from sparring.launch import hosts
+
+    ranks = hosts.find(1, HOSTFILE or "", SLURM and not HOSTFILE).total
+    manifest = json.loads((tmp_path / "run" / "iter0" / "train" / "manifest.json").read_text())
+    assert manifest["processes"] == ranks
+    log = (tmp_path / "run" / "logs" / "iter0-train.log").read_text()
+    assert f"dist_world_size={ranks}" in log
