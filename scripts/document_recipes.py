@@ -14,9 +14,10 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sparring.alignment.config import Recipe
+from sparring.launch.runs import pipelines
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+SHARED = ("launch", "optimizer")  # tables that mean the same in every recipe
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 _TYPES = {
@@ -27,7 +28,10 @@ _TYPES = {
     "Schedule": "number, or one an iteration",
     "bool | None": "true or false",
     "float | None": "number",
+    "int | None": "integer",
     "tuple[str, ...]": "list of texts",
+    "tuple[int, ...]": "list of integers",
+    "tuple[float, float]": "two numbers",
     "dict[str, str]": "table of texts",
     "dict[str, str | bool | int | float]": "table",
 }
@@ -83,15 +87,15 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return "required"
 
 
-def sections() -> list[tuple[str, type]]:
+def sections(recipe: type) -> list[tuple[str, type]]:
     """Every table of a recipe: its name (empty for the top) and its class."""
-    found = [("", Recipe)]
+    found = [("", recipe)]
     for name, cls in found:  # grows while it is read
         for key, hint in get_type_hints(cls).items():
             inner = _table(hint)
             if inner:
                 found.append((f"{name}.{key}".removeprefix("."), inner))
-    return sorted(found, key=lambda entry: _place(entry[0]))
+    return sorted(found, key=lambda entry: _place(recipe, entry[0]))
 
 
 def _table(hint: Any) -> type | None:
@@ -100,17 +104,17 @@ def _table(hint: Any) -> type | None:
     return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
 
 
-def _heading(name: str) -> str:
+def _heading(recipe: type, name: str) -> str:
     """A table's name as TOML writes it; an array of tables in double brackets."""
-    hint: Any = Recipe
+    hint: Any = recipe
     for part in name.split("."):
         hint = get_type_hints(_table(hint))[part]
     return f"[[{name}]]" if get_origin(hint) is tuple else f"[{name}]"
 
 
-def _place(name: str) -> tuple[int, ...]:
+def _place(recipe: type, name: str) -> tuple[int, ...]:
     """Where a table stands in the recipe: a nested one behind the one that holds it."""
-    cls: Any = Recipe
+    cls: Any = recipe
     place = []
     for part in filter(None, name.split(".")):
         place.append([field.name for field in dataclasses.fields(cls)].index(part))
@@ -119,23 +123,39 @@ def _place(name: str) -> tuple[int, ...]:
 
 
 def render() -> str:
-    """The generated part of the page."""
-    lines: list[str] = []
-    for name, cls in sections():
-        heading = f"## `{_heading(name)}`" if name else "## Top of the file"
-        about = inspect.getdoc(cls) or ""
-        lines += [heading, "", about, "", "| key | value | default | meaning |"]
-        lines.append("|---|---|---|---|")
-        notes = field_notes(cls)
-        hints = get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if _table(hints[field.name]):
-                continue  # a table of its own
-            kind, text = notes[field.name]
-            cells = [f"`{field.name}`", kind, _default(field), text]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
+    """The generated part of the page: what all recipes have, then each pipeline."""
+    found = {name: sections(pipeline.recipe) for name, pipeline in pipelines().items()}
+    shared = {name.rpartition(".")[2]: cls for name, cls in found["alignment"] if _shared(name)}
+    lines = ["## All recipes", ""]
+    for name in SHARED:
+        heading = f"`[{name}]`" if name == "launch" else f"Tables that end in `.{name}`"
+        lines += _keys(f"### {heading}", shared[name])
+    for pipeline, tables in sorted(found.items()):
+        recipe = tables[0][1]
+        lines += [f'## `pipeline = "{pipeline}"`', ""]
+        for name, cls in tables:
+            if not _shared(name):
+                heading = f"`{_heading(recipe, name)}`" if name else "Top of the file"
+                lines += _keys(f"### {heading}", cls)
     return "\n".join(lines)
+
+
+def _shared(name: str) -> bool:
+    return name.rpartition(".")[2] in SHARED
+
+
+def _keys(heading: str, cls: type) -> list[str]:
+    """The table of one section's keys."""
+    about = inspect.getdoc(cls) or ""
+    lines = [heading, "", about, "", "| key | value | default | meaning |", "|---|---|---|---|"]
+    notes, hints = field_notes(cls), get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if _table(hints[field.name]):
+            continue  # a table of its own
+        kind, text = notes[field.name]
+        cells = [f"`{field.name}`", kind, _default(field), text]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, ""]
 
 
 def page(text: str) -> str:
