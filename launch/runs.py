@@ -215,8 +215,9 @@ def execute(
                     logs=folder / "logs",
                     on_event=reporter.event,
                 )
-            except BaseException:
-                reporter.stop("stopped")
+            except BaseException as error:
+                asked = isinstance(error, (Stopped, KeyboardInterrupt))
+                reporter.stop("stopped" if asked else "failed")
                 raise
             reporter.stop(describe(artifact) if fresh else f"kept    {describe(artifact)}")
             computed += fresh

@@ -101,6 +101,17 @@ def test_a_run_that_failed_early_can_be_started_again(toy: Any, tmp_path: Path) 
     assert execute(toy, tmp_path / "run", changed=True)["kept"] == 1
 
 
+@pytest.mark.parametrize(("mode", "word"), [("user", "failed"), ("deaf", "stopped")])
+def test_the_last_step_says_how_it_ended(
+    toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, word: str
+) -> None:
+    recipe = toy.ToyRecipe(mode=mode, launch=INLINE)
+    with pytest.raises(SparringError):
+        runs.execute(toy.Toy(), recipe, tmp_path / "run", Reporter())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.split() == ["[2/2]", "two", word]
+
+
 def test_a_second_process_is_told(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from sparring.launch import runs\n"
