@@ -67,6 +67,7 @@ QUICK = ["--images.train", "64", "--images.heldout", "16", "--pretrain.steps", "
          "--train.steps", "2", "--generate.steps", "2", "--model.widths", "8", "16",
          "--iterations", "1"]  # fmt: skip
 SHOWN = ("accuracy", "classifier", "classifier_win_rate_base", "frechet", "coverage")
+COMPARED = ("accuracy", "classifier", "frechet", "coverage")
 Key = tuple[str, int]
 """Arm and seed."""
 
@@ -166,6 +167,14 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else "")
 
 
+def signed(values: Sequence[float]) -> str:
+    """The same of a difference."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}" if values else "-"
+    mean, low, high = interval(values)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def over_seeds(
     found: Mapping[Key, Mapping[int, Mapping[str, float]]], arm: str, t: int, name: str
 ) -> list[float]:
@@ -176,11 +185,30 @@ def over_seeds(
     ]
 
 
+def differences(
+    found: Mapping[Key, Mapping[int, Mapping[str, float]]], name: str
+) -> dict[tuple[str, int], list[float]]:
+    """Spin's figure minus another arm's after as many iterations, or the base's; a value a seed.
+
+    Seeds have starts of their own, so these vary much less than the figures.
+    """
+    made: dict[tuple[str, int], list[float]] = {}
+    for (arm, seed), rows in found.items():
+        spin = found.get(("spin", seed), {})
+        others = {("base", t): rows[0] for t in spin if t} if arm == "spin" else {}
+        if arm != "spin":
+            others = {(arm, t): rows[t] for t in rows if t > (arm != "sft")}
+        for (other, t), figures in others.items():
+            if name in spin.get(t, {}) and name in figures:
+                made.setdefault((other, t), []).append(spin[t][name] - figures[name])
+    return made
+
+
 def table(
     found: Mapping[Key, Mapping[int, Mapping[str, float]]],
     won: Mapping[tuple[str, str, int], Sequence[float]],
 ) -> list[str]:
-    """Markdown: a line an arm and iterate, then spin's win rates against the others."""
+    """Markdown: a line an arm and iterate, then spin's differences and win rates."""
     lines = ["| arm | after | " + " | ".join(n.replace("_", " ") for n in SHOWN) + " |"]
     lines.append("|---" * (2 + len(SHOWN)) + "|")
     started = False
@@ -192,6 +220,13 @@ def table(
             columns = [over_seeds(found, arm, t, name) for name in SHOWN]
             cells = [cell(values) if values else "-" for values in columns]
             lines.append(f"| {arm if t else 'base'} | {t or 'start'} | " + " | ".join(cells) + " |")
+    apart = {name: differences(found, name) for name in COMPARED}
+    if apart[COMPARED[0]]:
+        lines += ["", "| spin minus | after | " + " | ".join(COMPARED) + " |"]
+        lines.append("|---" * (2 + len(COMPARED)) + "|")
+        for arm, t in apart[COMPARED[0]]:
+            cells = [signed(apart[name].get((arm, t), [])) for name in COMPARED]
+            lines.append(f"| {arm} | {t} | " + " | ".join(cells) + " |")
     if won:
         lines += ["", "| win rate | after | classifier, same caption and noise |", "|---|---|---|"]
         lines += [f"| {a} against {b} | {t} | {cell(v)} |" for (a, b, t), v in won.items()]

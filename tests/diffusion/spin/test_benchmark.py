@@ -32,8 +32,27 @@ def test_intervals_are_students_over_seeds_and_the_base_comes_once(benchmark: An
     lines = benchmark.table(found, {("spin", "sft", 1): [0.6, 0.6, 0.6]})
     # Standard deviation .1, three seeds: 4.303 * .1 / sqrt(3) = .248.
     assert "| spin | 1 | 0.700 [0.452, 0.948] |" in "\n".join(lines)
-    assert sum("| base |" in line for line in lines) == 1
+    assert sum("| base | start |" in line for line in lines) == 1
     assert lines[-1] == "| spin against sft | 1 | 0.600 [0.600, 0.600] |"
+
+
+def test_differences_are_taken_seed_by_seed(benchmark: Any) -> None:
+    def rows(*values: float) -> dict[int, dict[str, float]]:
+        return {t: {"accuracy": value} for t, value in enumerate(values)}
+
+    found = {
+        ("spin", 0): rows(0.1, 0.2, 0.5), ("spin", 1): rows(0.5, 0.7, 0.9),
+        ("one", 0): rows(0.1, 0.2, 0.3), ("one", 1): rows(0.5, 0.7, 0.8),
+        ("sft", 0): rows(0.1, 0.3, 0.3), ("sft", 1): rows(0.5, 0.6, 0.6),
+    }  # fmt: skip
+    made = benchmark.differences(found, "accuracy")
+    expected = {("base", 1): [0.1, 0.2], ("base", 2): [0.4, 0.4], ("one", 2): [0.2, 0.1],
+                ("sft", 1): [-0.1, 0.1], ("sft", 2): [0.2, 0.3]}  # fmt: skip
+    assert made.keys() == expected.keys()  # one's first iteration is spin's own
+    for key, values in expected.items():
+        assert made[key] == pytest.approx(values)
+    lines = benchmark.table(found, {})
+    assert "| base | 2 | +0.400 [+0.400, +0.400] | - | - | - |" in lines
 
 
 def test_ties_are_half_a_win(benchmark: Any) -> None:
