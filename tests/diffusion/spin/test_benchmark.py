@@ -83,3 +83,20 @@ def test_arms_take_over_what_they_share(
     with pytest.raises(SystemExit) as stopped:
         benchmark.run(tmp_path, "frozen", 0, [])
     assert stopped.value.code == 75
+
+
+def test_guidance_is_measured_on_the_start_and_every_last_iterate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(PATH.parent)
+    import spin_diffusion_guidance as guidance
+
+    with pytest.raises(SystemExit, match=r"run spin_diffusion\.py first"):
+        guidance.networks(tmp_path, [0, 1], 3)
+    for arm in ("spin", "sft"):
+        (tmp_path / f"{arm}-seed1" / "iter2" / "train-images").mkdir(parents=True)
+    found = guidance.networks(tmp_path, [0, 1], 3)
+    assert list(found) == ["spin", "base", "sft"]
+    spin = tmp_path / "spin-seed1"
+    assert found["spin"] == [(spin, spin / "iter2" / "train-images")]
+    assert found["base"] == [(spin, spin / "start" / "train-images")]
