@@ -9,7 +9,12 @@ import numpy as np
 from PIL import Image
 
 from sparring.diffusion.spin.config import ImageEvaluateConfig
-from sparring.diffusion.spin.distances import Features, coverage, frechet_distance
+from sparring.diffusion.spin.distances import (
+    Features,
+    coverage,
+    frechet_distance,
+    kernel_distance,
+)
 from sparring.diffusion.spin.pictures import Opened, from_png, thumbnails
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.diffusion.spin.scorers import Classifier, Scorer, build_scorer
@@ -105,14 +110,20 @@ def _distances(
 ) -> Figures:
     """Against the held-out real images, on axes found from the training images.
 
-    Without intervals: a bootstrap draws images twice, and both figures see that as less variety.
+    Without intervals: a bootstrap draws images twice, and all figures see that as less variety.
+    What ends in _real is the figure of as many real training images: sets so small are that far
+    apart for that reason alone.
     """
     features = Features(thumbnails(map(_image, train)))
     real = features(thumbnails(map(_image, heldout)))
-    made = features(thumbnails(images))
+    sets = {"": features(thumbnails(images))}
+    if len(images) <= len(train):
+        sets["_real"] = features(thumbnails(map(_image, train[: len(images)])))
     figures: Figures = {}
-    if min(len(real), len(made)) > 2:
-        figures["frechet"] = frechet_distance(real, made)
-    if len(real) > 5:
-        figures["coverage"] = coverage(real, made)
+    for name, made in sets.items():
+        if min(len(real), len(made)) > 2:
+            figures[f"frechet{name}"] = frechet_distance(real, made)
+            figures[f"kernel_distance{name}"] = kernel_distance(real, made)
+        if len(real) > 5:
+            figures[f"coverage{name}"] = coverage(real, made)
     return figures

@@ -117,7 +117,7 @@ EVALUATE_IMAGES = Stage(
     summary="score images of an iterate for held-out captions",
     function="sparring.diffusion.spin.evaluate:run",
     config=ImageEvaluateConfig,
-    version="2",
+    version="3",
     inputs={
         "images": _IMAGES,
         "current": "artifact of generate-images for the held-out captions",

@@ -66,8 +66,11 @@ SHARED = ("images", "image-model", "start", "heldout0", "iter0", "heldout1")
 QUICK = ["--images.train", "64", "--images.heldout", "16", "--pretrain.steps", "3",
          "--train.steps", "2", "--generate.steps", "2", "--model.widths", "8", "16",
          "--iterations", "1"]  # fmt: skip
-SHOWN = ("accuracy", "classifier", "classifier_win_rate_base", "frechet", "coverage")
-COMPARED = ("accuracy", "classifier", "frechet", "coverage")
+SHOWN = ("accuracy", "classifier", "classifier_win_rate_base", "frechet", "kernel_distance",
+         "coverage")  # fmt: skip
+COMPARED = ("accuracy", "classifier", "frechet", "kernel_distance", "coverage")
+REAL = ("frechet", "kernel_distance", "coverage")
+"""Also of as many real images, against the held-out ones."""
 Key = tuple[str, int]
 """Arm and seed."""
 
@@ -105,7 +108,8 @@ def figures(folder: Path) -> dict[int, dict[str, float]]:
     recipe: Any = load_recipe(find_recipe(RECIPE))[1]
     found = {}
     for t, values in evaluations(recipe, folder):
-        shown = {name: values[name] for name in SHOWN if name in values}
+        names = (*SHOWN, *(f"{name}_real" for name in REAL))
+        shown = {name: values[name] for name in names if name in values}
         found[t] = {n: float(v[0] if isinstance(v, list) else v) for n, v in shown.items()}
     return found
 
@@ -212,7 +216,11 @@ def table(
     lines = ["| arm | after | " + " | ".join(n.replace("_", " ") for n in SHOWN) + " |"]
     lines.append("|---" * (2 + len(SHOWN)) + "|")
     started = False
-    for arm in dict.fromkeys(arm for arm, _ in found):
+    arms = list(dict.fromkeys(arm for arm, _ in found))
+    floor = [over_seeds(found, arms[0], 0, f"{name}_real") for name in SHOWN]
+    if any(floor):
+        lines.append("| real | - | " + " | ".join(cell(v) if v else "-" for v in floor) + " |")
+    for arm in arms:
         for t in sorted({t for (name, _), rows in found.items() if name == arm for t in rows}):
             if t == 0 and started:
                 continue  # all arms have one start
@@ -222,7 +230,10 @@ def table(
             lines.append(f"| {arm if t else 'base'} | {t or 'start'} | " + " | ".join(cells) + " |")
     apart = {name: differences(found, name) for name in COMPARED}
     if apart[COMPARED[0]]:
-        lines += ["", "| spin minus | after | " + " | ".join(COMPARED) + " |"]
+        lines += [
+            "",
+            "| spin minus | after | " + " | ".join(n.replace("_", " ") for n in COMPARED) + " |",
+        ]
         lines.append("|---" * (2 + len(COMPARED)) + "|")
         for arm, t in apart[COMPARED[0]]:
             cells = [signed(apart[name].get((arm, t), [])) for name in COMPARED]

@@ -24,7 +24,7 @@ from spin_diffusion import ARMS, cell
 from sparring.launch.calls import run_stage
 from sparring.launch.comparison import interval
 
-SHOWN = ("accuracy", "frechet", "coverage")
+SHOWN = ("accuracy", "frechet", "kernel_distance", "coverage")
 Figures = dict[str, float]
 
 

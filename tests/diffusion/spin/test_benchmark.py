@@ -52,7 +52,9 @@ def test_differences_are_taken_seed_by_seed(benchmark: Any) -> None:
     for key, values in expected.items():
         assert made[key] == pytest.approx(values)
     lines = benchmark.table(found, {})
-    assert "| base | 2 | +0.400 [+0.400, +0.400] | - | - | - |" in lines
+    assert "| base | 2 | +0.400 [+0.400, +0.400] | - | - | - | - |" in lines
+    found["spin", 0][0]["frechet_real"] = 2.0
+    assert "| real | - | - | - | - | 2.000 | - | - |" in benchmark.table(found, {})
 
 
 def test_ties_are_half_a_win(benchmark: Any) -> None:

@@ -12,7 +12,12 @@ from tiny_images import clip_folder, squares
 
 from sparring.diffusion.spin import evaluate
 from sparring.diffusion.spin.config import ImageEvaluateConfig
-from sparring.diffusion.spin.distances import Features, coverage, frechet_distance
+from sparring.diffusion.spin.distances import (
+    Features,
+    coverage,
+    frechet_distance,
+    kernel_distance,
+)
 from sparring.diffusion.spin.pictures import Opened, pixels, thumbnails
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.diffusion.spin.scorers import Clip, build_scorer
@@ -36,6 +41,31 @@ def test_frechet_distance_of_gaussians_is_its_closed_form() -> None:
     moved = (b * [3.0, 1.0] + [1.0, -2.0]) @ turn
     assert frechet_distance((a * [1.0, 2.0]) @ turn, moved) == pytest.approx(found, rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_sees_what_differs() -> None:
+    rng = np.random.default_rng(0)
+
+    def sets(size: int, shift: float = 0.0, count: int = 200) -> list[float]:
+        return [
+            kernel_distance(rng.normal(size=(size, 4)), rng.normal(size=(size, 4)) + shift)
+            for _ in range(count)
+        ]
+
+    same = sets(20)
+    # Frechet's distance of two such sets of 20 is about 0.8 on average.
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
+    assert np.std(same) > 0.01
+    # Unscaled, from its definition, pair by pair.
+    x, y = rng.normal(size=(5, 2)), rng.normal(size=(7, 2)) * 2 + 1
+    scale = np.sqrt(np.mean(x**2))
+    k = lambda a, b: (a @ b / 2 / scale**2 + 1) ** 3  # noqa: E731
+    expected = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+    expected += sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
+    expected -= 2 * np.mean([k(a, b) for a in x for b in y])
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
+    assert kernel_distance(1000 * x, 1000 * y) == pytest.approx(expected, rel=1e-12)
+    assert min(sets(200, 0.5, 20)) > max(sets(200, 0.0, 20))
 
 
 def test_coverage_falls_when_kinds_are_forgotten() -> None:
