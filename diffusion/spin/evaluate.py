@@ -54,6 +54,10 @@ def run(
     figures: Figures = {"images": len(captions), "captions": len(set(captions))}
     for scorer in (build_scorer(name, pairs) for name in config.scorers):
         figures |= _scores(scorer, opened, captions, measure)
+        if isinstance(scorer, Classifier):  # others may take hours for them
+            shown = [row.caption for row in heldout]
+            right = scorer.right(Opened(heldout, _image), shown)
+            figures["accuracy_real"] = float(np.mean(right))
     step = -(-len(real) // _FITTED)
     return figures | _distances(opened["current"], real[::step], heldout)
 

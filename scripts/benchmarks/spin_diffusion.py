@@ -69,8 +69,8 @@ QUICK = ["--images.train", "64", "--images.heldout", "16", "--pretrain.steps", "
 SHOWN = ("accuracy", "classifier", "classifier_win_rate_base", "frechet", "kernel_distance",
          "coverage")  # fmt: skip
 COMPARED = ("accuracy", "classifier", "frechet", "kernel_distance", "coverage")
-REAL = ("frechet", "kernel_distance", "coverage")
-"""Also of as many real images, against the held-out ones."""
+REAL = ("accuracy", "frechet", "kernel_distance", "coverage")
+"""Measured of real images too."""
 Key = tuple[str, int]
 """Arm and seed."""
 

@@ -235,6 +235,7 @@ def test_win_rates_compare_the_same_caption_and_number(pictures: Path, tmp_path:
     assert mean == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
     assert low < mean < high
     assert figures["accuracy"][0] == 0.5
+    assert figures["accuracy_real"] == pytest.approx(5 / 6)  # of six real held-out squares
     inputs["base"] = samples("short", ["blue"])
     with pytest.raises(SparringError, match="have images for other captions"):
         evaluate.run(config, inputs, tmp_path, context)
