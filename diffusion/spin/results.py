@@ -17,6 +17,7 @@ from sparring.launch.rows import read_rows
 from sparring.launch.tables import aligned, cell
 
 _COLUMNS = 10  # images of the grid
+_REAL = "_real"  # what figures of real images end in
 
 
 def evaluations(recipe: ImageRecipe, run: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -30,16 +31,17 @@ def evaluations(recipe: ImageRecipe, run: Path) -> list[tuple[int, dict[str, Any
 
 
 def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Measured figures: numbers, or [mean, low, high]; counts are left out."""
-    return {name: value for name, value in figures.items() if isinstance(value, (list, float))}
+    """Measured figures: numbers, or [mean, low, high]; counts and real images' are left out."""
+    measured = (item for item in figures.items() if isinstance(item[1], (list, float)))
+    return {name: value for name, value in measured if not name.endswith(_REAL)}
 
 
 def _cells(rows: list[tuple[int, dict[str, Any]]]) -> list[list[str]]:
     names = dict.fromkeys(name for _, figures in rows for name in _shown(figures))
-    lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows)]]
+    lines = [["after iteration", *(str(t) if t else "0 (start)" for t, _ in rows), "real images"]]
     for name in names:
         values = [cell(_shown(figures).get(name)) for _, figures in rows]
-        lines.append([name.replace("_", " "), *values])
+        lines.append([name.replace("_", " "), *values, cell(rows[0][1].get(name + _REAL))])
     return lines
 
 
@@ -101,10 +103,12 @@ def _charts(rows: list[tuple[int, dict[str, Any]]]) -> Iterator[Chart]:
         if len(points) > 1:
             listed = [value if isinstance(value, list) else [value] for _, value in points]
             values = zip(*listed, strict=True)
-            series = Series(name, [t for t, _ in points], *values)
-            label = name.replace("_", " ")
+            times, label = [t for t, _ in points], name.replace("_", " ")
+            series = [Series("generated", times, *values)]
+            if name + _REAL in rows[0][1]:
+                series.append(Series("real", times, [rows[0][1][name + _REAL]] * len(times)))
             caption = f"{label}, held-out captions, after each iteration"
-            yield line_chart([series], x_label="iteration", y_label=label, caption=caption)
+            yield line_chart(series, x_label="iteration", y_label=label, caption=caption)
 
 
 def _training(recipe: ImageRecipe, run: Path) -> Iterator[Chart]:

@@ -157,4 +157,5 @@ def test_two_iterations_of_a_run(
     report = (run / "report.html").read_text()
     assert "data:image/png;base64," in report
     assert "redness win rate base" in report
+    assert "<th>real images</th>" in report
     assert report.count("<svg") >= 3
