@@ -4,8 +4,8 @@
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh paper/sppo-mistral-7b --out runs/mistral
 #
 # Submit it from the activated environment, with the run's folder on a file system that all nodes
-# see. Two minutes before the job's time is up the run saves and stops, and the job is queued again;
-# so it is after a preemption. RANKS sets the ranks of a node where they are not its GPUs.
+# see. Two minutes before the job's time is up the run saves and stops, and the job is queued again.
+# RANKS sets the ranks of a node where they are not its GPUs.
 #SBATCH --job-name=sparring
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:TERM@120
