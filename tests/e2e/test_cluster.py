@@ -13,37 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_recipe import RECIPE
 
 HOSTFILE = os.environ.get("SPARRING_TEST_HOSTFILE")
 SLURM = "SLURM_JOB_NODELIST" in os.environ
-RECIPE = """
-name = "tiny"
-algorithm = "sppo"
-iterations = 1
-[model]
-path = "{model}"
-[prompts]
-source = "{prompts}"
-train = 32
-heldout = 16
-[generate]
-engine = "transformers"
-k = 4
-max_new_tokens = 10
-chunk = 8
-[judge]
-name = "letter_judge:make"
-chunk = 8
-[train]
-beta = 1e-2
-lr = 3e-3
-schedule = "constant"
-warmup = 0.0
-batch = 8
-micro_batch = 1
-epochs = 2
-zero = 2
-"""
+OPTIONS = "--iterations 1 --train.batch 8 --train.micro-batch 1 --train.zero 2"
 
 
 @pytest.mark.slow
@@ -56,6 +30,7 @@ def test_a_run_over_all_hosts(tmp_path: Path, tiny_model: Path, tiny_prompts: Pa
     recipe.write_text(RECIPE.format(model=tiny_model, prompts=tiny_prompts))
     place = ["--launch.hostfile", str(Path(HOSTFILE).absolute())] if HOSTFILE else []
     command = [sys.executable, "-m", "sparring.launch.cli", "run", str(recipe)]
+    command += OPTIONS.split()
     command += [*(place or ["--launch.slurm"]), "--out", str(tmp_path / "run")]
     subprocess.run(command, check=True, cwd=tmp_path)
     from sparring.launch import hosts
