@@ -165,18 +165,12 @@ def pairs(
     return found
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean with the 95 % t-interval over seeds."""
-    mean, low, high = interval(values)
-    return f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else "")
-
-
-def signed(values: Sequence[float]) -> str:
-    """The same of a difference."""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}" if values else "-"
-    mean, low, high = interval(values)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+def cell(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean with the 95 % t-interval over seeds; - where there are none."""
+    if not values:
+        return "-"
+    mean, *ends = (f"{value:{form}}" for value in interval(values))
+    return f"{mean} [{', '.join(ends)}]" if len(values) > 1 else mean
 
 
 def over_seeds(
@@ -219,14 +213,14 @@ def table(
     arms = list(dict.fromkeys(arm for arm, _ in found))
     floor = [over_seeds(found, arms[0], 0, f"{name}_real") for name in SHOWN]
     if any(floor):
-        lines.append("| real | - | " + " | ".join(cell(v) if v else "-" for v in floor) + " |")
+        lines.append("| real | - | " + " | ".join(map(cell, floor)) + " |")
     for arm in arms:
         for t in sorted({t for (name, _), rows in found.items() if name == arm for t in rows}):
             if t == 0 and started:
                 continue  # all arms have one start
             started = True
             columns = [over_seeds(found, arm, t, name) for name in SHOWN]
-            cells = [cell(values) if values else "-" for values in columns]
+            cells = [cell(values) for values in columns]
             lines.append(f"| {arm if t else 'base'} | {t or 'start'} | " + " | ".join(cells) + " |")
     apart = {name: differences(found, name) for name in COMPARED}
     if apart[COMPARED[0]]:
@@ -236,7 +230,7 @@ def table(
         ]
         lines.append("|---" * (2 + len(COMPARED)) + "|")
         for arm, t in apart[COMPARED[0]]:
-            cells = [signed(apart[name].get((arm, t), [])) for name in COMPARED]
+            cells = [cell(apart[name].get((arm, t), []), "+.3f") for name in COMPARED]
             lines.append(f"| {arm} | {t} | " + " | ".join(cells) + " |")
     if won:
         lines += ["", "| win rate | after | classifier, same caption and noise |", "|---|---|---|"]
