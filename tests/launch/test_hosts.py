@@ -184,7 +184,10 @@ def follower(path: Path, lost: float = 60.0) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> int:
     with process:
-        return process.wait(20)
+        try:
+            return process.wait(20)
+        finally:
+            process.kill()  # one that does not end fails the test instead of holding it up
 
 
 def test_a_rank_obeys_the_lease(tmp_path: Path) -> None:
