@@ -271,12 +271,13 @@ def execute(
     if artifact:
         return artifact, False
     started = time.time()
-    inline = _is_inline(step, launch)
+    place = _hosts(step, launch)
+    inline = _is_inline(step, launch, place)
     with processes.stop_flag() if inline else nullcontext(lambda: False) as stopped:
         figures = (
             _run_inline(step, inputs, output, on_event=on_event, stopped=stopped)
             if inline
-            else _run_ranks(step, inputs, output, launch, logs=logs, on_event=on_event)
+            else _run_ranks(step, inputs, output, launch, place, logs=logs, on_event=on_event)
         )
         if step.stage.finish:
             finish = load(step.stage.finish)
@@ -290,7 +291,7 @@ def execute(
             "config": plain(step.config),
             "seed": step.seed,
             "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
-            "processes": _hosts(step, launch).total,
+            "processes": place.total,
             "seconds": round(time.time() - started, 2),
             "figures": figures,
         }
@@ -323,9 +324,8 @@ def _hosts(step: Step, launch: LaunchConfig) -> Hosts:
     return Hosts({"localhost": 1}) if alone else all_hosts(launch)
 
 
-def _is_inline(step: Step, launch: LaunchConfig) -> bool:
+def _is_inline(step: Step, launch: LaunchConfig, place: Hosts) -> bool:
     chosen = step.stage.name in launch.inline and step.stage.name not in launch.python
-    place = _hosts(step, launch)
     return step.stage.light or (chosen and place.reach == "here" and place.total == 1)
 
 
@@ -346,6 +346,7 @@ def _run_ranks(
     inputs: Mapping[str, Path],
     output: Path,
     launch: LaunchConfig,
+    place: Hosts,
     *,
     logs: Path,
     on_event: Callable[[dict[str, Any]], None],
@@ -354,7 +355,6 @@ def _run_ranks(
     errors = output / artifacts.WORK / "errors"
     for old in errors.glob("rank*.txt"):
         old.unlink()
-    place = _hosts(step, launch)
     driver = json.loads(path.read_text())["driver"]["name"]
     processes.run(
         hosts.command(processes.python_of(launch.python, step.stage.name), path.absolute(), place),

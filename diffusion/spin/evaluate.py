@@ -53,11 +53,7 @@ def run(
     measure = _Measure(groups, derive(context.seed, "bootstrap"), config.level)
     figures: Figures = {"images": len(captions), "captions": len(set(captions))}
     for scorer in (build_scorer(name, pairs) for name in config.scorers):
-        figures |= _scores(scorer, opened, captions, measure)
-        if isinstance(scorer, Classifier):  # others may take hours for them
-            shown = [row.caption for row in heldout]
-            right = scorer.right(Opened(heldout, _image), shown)
-            figures["accuracy_real"] = float(np.mean(right))
+        figures |= _scores(scorer, opened, captions, heldout, measure)
     step = -(-len(real) // _FITTED)
     return figures | _distances(opened["current"], real[::step], heldout)
 
@@ -86,6 +82,7 @@ def _scores(
     scorer: Scorer,
     opened: Mapping[str, Sequence[Image.Image]],
     captions: Sequence[str],
+    heldout: Sequence[Picture],
     measure: _Measure,
 ) -> Figures:
     found = {name: np.array(scorer.score(images, captions)) for name, images in opened.items()}
@@ -104,8 +101,10 @@ def _scores(
         if name in found:
             wins = (ours > found[name]) + 0.5 * (ours == found[name])
             figures[f"{scorer.name}_win_rate_{name}"] = measure(wins.tolist())
-    if isinstance(scorer, Classifier):
+    if isinstance(scorer, Classifier):  # others may take hours for the real images
         figures["accuracy"] = measure(scorer.right(opened["current"], captions))
+        shown = [row.caption for row in heldout]
+        figures["accuracy_real"] = float(np.mean(scorer.right(Opened(heldout, _image), shown)))
     return figures
 
 

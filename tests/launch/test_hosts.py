@@ -266,7 +266,7 @@ def test_a_failed_rank_takes_the_other_hosts_down(
 def test_a_host_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = UP + "import time; time.sleep(60)"
     with pytest.raises(SparringError, match=r"^no rank was started on b; the output is in .*log"):
-        remote(tmp_path, code, names=["a", "b"], monkeypatch=monkeypatch, _START=0.5)
+        remote(tmp_path, code, names=["a", "b"], monkeypatch=monkeypatch, _START=3)
     # It ended by itself: ssh did not come through, and the other host has done its part.
     with pytest.raises(SparringError, match=r"^no rank was started on b; the output is in .*log"):
         remote(tmp_path, UP + "raise SystemExit(255)", names=["a", "b"], monkeypatch=monkeypatch)
