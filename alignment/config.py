@@ -26,6 +26,12 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of generation and log-probabilities. Weights are always stored as float32."""
+    devices: int = 1
+    """Accelerators that one copy of the policy is spread over where it is only read (`generate`,
+    `parity`, `reference`, `evaluate`), when it does not fit on one. `train` shards it by ZeRO."""
+
+    def __post_init__(self) -> None:
+        positive("model.devices", self.devices)
 
 
 @config

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparring.alignment.config import GenerateConfig
+from sparring.alignment.stages import GenerateStage
 from sparring.launch.errors import SparringError
 from sparring.launch.processes import World
 
@@ -45,21 +45,26 @@ class Engine(Protocol):
 
 
 def build_engine(
-    config: GenerateConfig,
+    config: GenerateStage,
     model: Path,
     *,
-    dtype: str,
     eos: Sequence[int],
     max_length: int,
     world: World,
 ) -> Engine:
-    """The engine that a recipe names."""
+    """The engine that a recipe names; `world` is of ranks with `config.devices` accelerators."""
     kind = VLLMEngine if config.engine == "vllm" else TransformersEngine
-    return kind(config, model, dtype=dtype, eos=eos, max_length=max_length, world=world)
+    return kind(config, model, eos=eos, max_length=max_length, world=world)
 
 
-def vllm_environment(config: GenerateConfig, world: World) -> None:
-    """Environment that vLLM reads at import. Each rank is an engine of its own."""
+def vllm_environment(world: World, *, memory: float, devices: int = 1) -> None:
+    """Environment that vLLM reads at import. Each rank is an engine of its own.
+
+    Args:
+        world: this rank among those with `devices` accelerators each.
+        memory: GiB of a CPU's key-value cache; 0 for 2.
+        devices: accelerators of the engine; on a CPU processes, which share the rank's cores.
+    """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     # In one process the scheduler sees all requests before its first step, every time: with its own
@@ -67,17 +72,17 @@ def vllm_environment(config: GenerateConfig, world: World) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    mine = range(world.local_rank * devices, (world.local_rank + 1) * devices)
     cores = sorted(os.sched_getaffinity(0))
-    share = cores[world.local_rank :: world.local_size] or cores
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, share)))
+    shares = [cores[n :: world.local_size * devices] or cores for n in mine]
+    bound = "|".join(",".join(map(str, share)) for share in shares)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(int(config.memory) or 2))
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if devices and world.size > 1:
-        listed = devices.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = listed[world.local_rank % len(listed)]
-    elif world.size > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(world.local_rank)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(int(memory) or 2))
+    if world.size > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = seen.split(",") if seen else [str(n) for n in range(world.local_size * devices)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[n % len(names)] for n in mine)
 
 
 class VLLMEngine:
@@ -85,15 +90,14 @@ class VLLMEngine:
 
     def __init__(
         self,
-        config: GenerateConfig,
+        config: GenerateStage,
         model: Path,
         *,
-        dtype: str,
         eos: Sequence[int],
         max_length: int,
         world: World,
     ) -> None:
-        vllm_environment(config, world)
+        vllm_environment(world, memory=config.memory, devices=config.devices)
         try:
             import vllm
         except ImportError as error:
@@ -111,7 +115,8 @@ class VLLMEngine:
             options["max_num_batched_tokens"] = max(4096, max_length)
         self._llm = vllm.LLM(
             str(model),
-            dtype=dtype,
+            dtype=config.dtype,
+            tensor_parallel_size=config.devices,
             max_model_len=max_length,
             max_num_seqs=config.max_batch,
             seed=0,
@@ -173,21 +178,19 @@ class TransformersEngine:
 
     def __init__(
         self,
-        config: GenerateConfig,
+        config: GenerateStage,
         model: Path,
         *,
-        dtype: str,
         eos: Sequence[int],
         max_length: int,
         world: World,
     ) -> None:
         from transformers import GenerationConfig
 
-        from sparring.alignment.models import load_policy
-        from sparring.launch.collective import device
+        from sparring.alignment.models import place_policy
 
         self._config, self._eos = config, list(eos)
-        self._model = load_policy(model, dtype).to(device())
+        self._model = place_policy(model, config.dtype, config.devices)
         # What a checkpoint recommends (suppressed tokens, a repetition penalty) fills every setting
         # that a call leaves open, and would sample from another distribution than is trained.
         self._model.generation_config = GenerationConfig()

@@ -72,6 +72,7 @@ def run(
             dtype=config.dtype,
             batch=config.batch,
             device=str(device()),
+            devices=config.devices,
             limit=config.lm_eval_limit,
         )
     return figures
@@ -183,14 +184,14 @@ def _model_figures(
     """KL to the base model, and the log-likelihood of the human responses, from forward passes."""
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import load_policy
+    from sparring.alignment.models import place_policy
     from sparring.launch.collective import device
 
     tokenizer = tokens.load_tokenizer(inputs["model"])
     pad = tokens.eos_ids(tokenizer, inputs["model"])[0]
 
     def score(model: Path, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        policy = ScoredPolicy(load_policy(model, config.dtype).to(device()))
+        policy = ScoredPolicy(place_policy(model, config.dtype, config.devices))
         return response_logps(policy, texts, pad=pad, batch=config.batch, device=device())
 
     figures: Figures = {}

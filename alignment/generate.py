@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparring.alignment import tokens
@@ -34,6 +35,9 @@ def run(
     config: GenerateStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
     """Sample this rank's shards."""
+    world = context.world.sharing(config.devices)
+    if world is None:
+        return {}
     prompts = read_prompts(inputs["prompts"], config)
     tokenizer = tokens.load_tokenizer(inputs["model"])
     ids = {p.prompt_id: tokens.prompt_ids(tokenizer, p, config.template) for p in prompts}
@@ -50,10 +54,9 @@ def run(
     engine = build_engine(
         config,
         inputs["model"],
-        dtype=config.dtype,
         eos=eos,
         max_length=longest,
-        world=context.world,
+        world=world,
     )
 
     probes = _probes([p.prompt_id for p in prompts if p.prompt_id in ids], config.probes)
@@ -80,7 +83,8 @@ def run(
             for (p, k), seed, sample in zip(keys, seeds, engine.sample(requests), strict=True)
         ]
 
-    shards.make(prompts, config.chunk, Response, sample, context, unit="prompts")
+    ours = replace(context, world=world)
+    shards.make(prompts, config.chunk, Response, sample, ours, unit="prompts")
     return {}
 
 

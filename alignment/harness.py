@@ -18,6 +18,7 @@ def leaderboards(
     dtype: str = "float32",
     batch: int = 16,
     device: str = "cpu",
+    devices: int = 1,
     limit: int = 0,
 ) -> dict[str, Any]:
     """Run tasks of the harness on a checkpoint.
@@ -30,6 +31,7 @@ def leaderboards(
         tasks: names of tasks or groups; patterns such as "mmlu_*".
         own_tasks: folder of task YAML files, beside the harness's own tasks.
         dtype, batch, device: of the forward passes.
+        devices: more than one: the model's layers are dealt out to all accelerators in sight.
         limit: examples a task; 0: all. A limit is for trying things out, not for figures.
 
     Returns:
@@ -54,7 +56,12 @@ def leaderboards(
     try:
         found = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(model), "dtype": dtype, "trust_remote_code": False},
+            model_args={
+                "pretrained": str(model),
+                "dtype": dtype,
+                "trust_remote_code": False,
+                "parallelize": devices > 1 and device != "cpu",
+            },
             tasks=names,
             task_manager=manager,
             batch_size=batch,

@@ -71,9 +71,7 @@ class ScoredPolicy(nn.Module):
             (B,) float32, in nats.
         """
         positions = (attention_BT.cumsum(1) - 1).clamp(min=0)
-        hidden_BTH = self.model.base_model(
-            input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        hidden_BTH = self.hidden(ids_BT, attention_mask=attention_BT, position_ids=positions)
         scored_BT = response_BT[:, 1:].bool()
         hidden_NH = hidden_BTH[:, :-1][scored_BT]
         target_N = ids_BT[:, 1:][scored_BT]
@@ -105,13 +103,18 @@ class ScoredPolicy(nn.Module):
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
 
+    def hidden(self, ids_BT: Tensor, **inputs: Tensor) -> Tensor:
+        """Last hidden states, (B, T, H), on the device of the ids even where layers have others."""
+        found = self.model.base_model(input_ids=ids_BT, use_cache=False, **inputs)
+        return found.last_hidden_state.to(ids_BT.device)  # type: ignore[no-any-return]
+
     @property
     def _head(self) -> nn.Module:
         return self.model.get_output_embeddings()  # type: ignore[no-any-return]
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """What the whole model makes of last hidden states, (N, H) -> (N, V) float32."""
-        logits: Tensor = self._head(hidden_NH).float()
+        logits: Tensor = self._head(hidden_NH).to(hidden_NH.device).float()
         config = self.model.config.get_text_config()
         # Between the head and the logits some families scale (Cohere; Granite divides) or cap
         # (Gemma 2 and later).
@@ -130,8 +133,8 @@ class ScoredPolicy(nn.Module):
             SparringError: this model does more behind its head than is known here.
         """
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
-        hidden_1TH = self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
-        ours, theirs = self.logits(hidden_1TH[0]), self.model(input_ids=ids_1T).logits[0].float()
+        ours = self.logits(self.hidden(ids_1T)[0])
+        theirs = self.model(input_ids=ids_1T).logits[0].to(ours)
         difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
         # Half precision rounds a cap's or a scale's result, which stays in float32 here.
         if not difference <= (0.01 if self.model.dtype == torch.float32 else 0.5):
@@ -181,7 +184,7 @@ def sampling_logps(
     model = policy.model
     device = model.device
     ids_1T = torch.tensor([[*prompt_ids, *response_ids]], device=device)
-    hidden_1TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    hidden_1TH = policy.hidden(ids_1T)
     first = len(prompt_ids)
     hidden_NH = hidden_1TH[0, first - 1 : -1]
     logps, above = [], []

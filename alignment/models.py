@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,13 @@ def _convert_gguf(source: Path, name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_policy(path: Path, dtype: str = "float32") -> Any:
+def load_policy(path: Path, dtype: str = "float32", **placement: Any) -> Any:
     """A causal language model in evaluation mode (no dropout).
+
+    Args:
+        path: of its folder.
+        dtype: of its weights.
+        placement: `device_map` and what belongs to it, as transformers takes them.
 
     Raises:
         SparringError: the folder does not hold one.
@@ -115,11 +121,34 @@ def load_policy(path: Path, dtype: str = "float32") -> Any:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), trust_remote_code=False
+            str(path), dtype=getattr(torch, dtype), trust_remote_code=False, **placement
         )
     except (OSError, ValueError) as error:
         raise SparringError(f"{path} holds no causal language model: {error}") from None
     return model.eval()
+
+
+def place_policy(path: Path, dtype: str, devices: int) -> Any:
+    """A policy on this rank's accelerator, or its layers dealt out to that one and the next ones.
+
+    Raises:
+        SparringError: the host has fewer accelerators, or as `load_policy`.
+    """
+    import torch
+
+    from sparring.launch.collective import device
+
+    where = device()
+    if devices == 1 or where.type == "cpu":
+        return load_policy(path, dtype).to(where)
+    mine = range(where.index, where.index + devices)
+    if mine.stop > torch.cuda.device_count():
+        raise SparringError(
+            f"model.devices = {devices} from number {where.index} on, but {socket.gethostname()} "
+            f"shows {torch.cuda.device_count()} accelerators"
+        )
+    free = {n: torch.cuda.mem_get_info(n)[0] for n in mine}
+    return load_policy(path, dtype, device_map="auto", max_memory=free)
 
 
 def tied_names(model: Any) -> set[str]:

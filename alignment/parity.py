@@ -170,10 +170,9 @@ def _trainer_logps(
 ) -> list[list[tuple[list[float], list[float]]]]:
     """For each (temperature, top_p) and probe: log-probabilities, and the mass above each token."""
     from sparring.alignment.logprobs import ScoredPolicy, sampling_logps
-    from sparring.alignment.models import load_policy
-    from sparring.launch.collective import device
+    from sparring.alignment.models import place_policy
 
-    policy = ScoredPolicy(load_policy(model, config.dtype).to(device()))
+    policy = ScoredPolicy(place_policy(model, config.dtype, config.devices))
     found = []
     for temperature, top_p in settings:
         scored = [

@@ -27,7 +27,7 @@ def run(
 
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import load_policy
+    from sparring.alignment.models import place_policy
     from sparring.alignment.momentum import folded_reference
     from sparring.launch.collective import device
 
@@ -35,10 +35,13 @@ def run(
         raise UsageError(
             "alpha folds momentum into the reference; it needs --previous, the solution before"
         )
+    world = context.world.sharing(config.devices)
+    if world is None:
+        return {}
     where = device()
     pad = tokens.eos_ids(tokens.load_tokenizer(inputs["model"]), inputs["model"])[0]
     names = ["model", *(["previous"] if config.alpha else [])]
-    policies = [ScoredPolicy(load_policy(inputs[n], config.dtype).to(where)) for n in names]
+    policies = [ScoredPolicy(place_policy(inputs[n], config.dtype, config.devices)) for n in names]
     pairs = _pairs(inputs)
     for policy in policies:
         policy.verify([*pairs[0].prompt_ids, *pairs[0].chosen_ids])
@@ -65,7 +68,8 @@ def run(
             for n, pair in enumerate(chunk)
         ]
 
-    shards.make(pairs, config.chunk, ReferencedPair, score, context, unit="pairs")
+    ours = dataclasses.replace(context, world=world)
+    shards.make(pairs, config.chunk, ReferencedPair, score, ours, unit="pairs")
     return {}
 
 

@@ -40,6 +40,8 @@ class GenerateStage(GenerateConfig):
     """Number of prompts; 0: all from `start` on."""
     dtype: Dtype = "float32"
     """Number type of the model while sampling."""
+    devices: int = 1
+    """Accelerators that one copy of the model is spread over."""
     max_prompt_tokens: int = 512
     """Longest prompt in tokens; none is cut."""
     too_long: Literal["error", "drop"] = "error"
@@ -66,6 +68,8 @@ class ParityStage(ParityConfig):
     """How their prompts should have been written."""
     dtype: Dtype = "float32"
     """Number type of the trainer's forward pass."""
+    devices: int = 1
+    """Accelerators that one copy of the model is spread over."""
 
 
 @config
@@ -105,6 +109,8 @@ class ReferenceStage:
 
     dtype: Dtype = "float32"
     """Number type of the forward pass."""
+    devices: int = 1
+    """Accelerators that one copy of the model is spread over."""
     batch: int = 8
     """Pairs a forward pass."""
     chunk: int = 128
@@ -146,6 +152,8 @@ class EvaluateStage:
     """Of the intervals."""
     dtype: Dtype = "float32"
     """Number type of the forward passes."""
+    devices: int = 1
+    """Accelerators that one copy of the model is spread over."""
     batch: int = 16
     """Responses a forward pass."""
     max_response_tokens: int = 256

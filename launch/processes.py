@@ -47,6 +47,26 @@ class World:
         local_size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", size))
         return World(number("RANK", 0), size, number("LOCAL_RANK", 0), local_size)
 
+    def sharing(self, devices: int) -> World | None:
+        """This process among those with `devices` accelerators each: of as many neighbours on a
+        host the first takes all of theirs, and the others have nothing to do (None). A rank without
+        others takes what it needs.
+
+        Raises:
+            SparringError: the ranks of this host cannot be grouped so.
+        """
+        if self.size == 1:
+            return self
+        if self.local_size % devices:
+            raise SparringError(
+                f"model.devices = {devices} does not divide the {self.local_size} ranks of a host; "
+                "change it, or launch.processes (the hostfile's slots)"
+            )
+        if self.local_rank % devices:
+            return None
+        of = (self.rank, self.size, self.local_rank, self.local_size)
+        return World(*(number // devices for number in of))
+
 
 def emit(**event: Any) -> None:
     """Tell the driver something (progress, a note); plain JSON on standard output."""

@@ -252,13 +252,13 @@ class LocalChat:
         Raises:
             SparringError: no such model, or vLLM cannot be imported.
         """
-        from sparring.alignment.config import GenerateConfig, ModelConfig
+        from sparring.alignment.config import ModelConfig
         from sparring.alignment.engines import vllm_environment
         from sparring.alignment.models import locate
         from sparring.launch.processes import World
 
         self.folder = Path(locate(ModelConfig(path=model)))
-        vllm_environment(GenerateConfig(memory=memory), World.from_environment())
+        vllm_environment(World.from_environment(), memory=memory)
         try:
             import vllm
         except ImportError as error:

@@ -29,7 +29,7 @@ PROMPT = (1, 5, 9, 20, 7)
 
 def engine(model: Path, **settings: Any) -> Engine:
     config = GenerateStage(**{"engine": "transformers", "max_new_tokens": 1, **settings})
-    return build_engine(config, model, dtype="float32", eos=[EOS], max_length=64, world=World())
+    return build_engine(config, model, eos=[EOS], max_length=64, world=World())
 
 
 def next_token_probabilities(model: Path, prompt: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -54,7 +54,7 @@ def sample_stage(
         notes.extend([event["note"]] if "note" in event else [])
 
     for rank in range(ranks):
-        context = Context(World(rank, ranks, rank), folder / "work", 5, emit=emit)
+        context = Context(World(rank, ranks, rank, ranks), folder / "work", 5, emit=emit)
         generate.run(config, inputs, folder, context)
     context = Context(World(), folder / "work", 5, emit=emit)
     figures = generate.finish(config, inputs, folder, context)
@@ -144,6 +144,8 @@ def test_shards_ranks_and_other_prompts_change_no_response(
     for ranks, chunk in ((1, 1), (2, 3), (3, 4)):
         folder = tmp_path / f"{ranks}-{chunk}"
         assert sample_stage(folder, tiny_model, prompts, ranks=ranks, chunk=chunk)[0] == whole
+    shared = sample_stage(tmp_path / "shared", tiny_model, prompts, ranks=4, devices=2)[0]
+    assert shared == whole
     some = sample_stage(tmp_path / "some", tiny_model, prompts[4:7])[0]
     assert some == [row for row in whole if row.prompt_id in ("p4", "p5", "p6")]
     fewer = sample_stage(tmp_path / "fewer", tiny_model, prompts, k=2)[0]

@@ -136,6 +136,20 @@ def test_chunked_logits_give_the_same_values_and_gradients(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_elsewhere_change_nothing(
+    tiny_model: Path, policy: ScoredPolicy, rows: list[Row], tmp_path: Path
+) -> None:
+    # A layer that stays on disk takes the path of one on another accelerator.
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
+    model = load_policy(tiny_model, device_map=places, offload_folder=str(tmp_path))
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    spread = ScoredPolicy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(score(spread, rows), score(policy, rows))
+    spread.verify([*rows[0][0], *rows[0][1]])
+
+
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,

@@ -284,6 +284,18 @@ def test_the_world_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     assert World.from_environment() == World(5, 8, 1, 4)
 
 
+def test_ranks_that_share_accelerators() -> None:
+    hosts, slots = 2, 4
+    ranks = [World(n, hosts * slots, n % slots, slots) for n in range(hosts * slots)]
+    heads = [rank.sharing(2) for rank in ranks]
+    assert heads[1::2] == [None] * 4
+    assert heads[::2] == [World(n, 4, n % 2, 2) for n in range(4)]
+    assert [rank.sharing(1) for rank in ranks] == ranks
+    assert World().sharing(8) == World()  # without a launcher one rank has all that it needs
+    with pytest.raises(SparringError, match=r"model\.devices = 3 does not divide the 4 ranks"):
+        ranks[0].sharing(3)
+
+
 def test_stop_flag_turns_sigterm_into_a_question() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with processes.stop_flag() as stopped:
