@@ -17,7 +17,7 @@ its Muon had none), none for the norms' gains.
     python scripts/benchmarks/mars_lm.py --out runs/mars-lm --table-only
     python scripts/benchmarks/mars_lm.py --out runs/quick --quick      # seconds, figures of no use
 
-A run has 1.8 M tokens, 219 steps: all ten arms with four to six rates and three seeds then take 8
+A run has 1.8 M tokens, 220 steps: all ten arms with four to six rates and three seeds then take 8
 hours of one core at most (6500 tokens a second); 3 M tokens would take 13. It is the early phase of
 training either way.
 
@@ -319,7 +319,7 @@ def plot(runs: Runs, options: argparse.Namespace, file: Path) -> None:
             tokens = [x / 1e6 for x, _ in curves[0]]
             losses = [mean(loss for _, loss in points) for points in zip(*curves, strict=True)]
             axes.plot(tokens, losses, label=name)
-    axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)", yscale="log")
+    axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)")
     if axes.lines:
         axes.legend(fontsize="small")
     figure.savefig(file, bbox_inches="tight")
