@@ -144,7 +144,7 @@ def place_policy(path: Path, dtype: str, devices: int) -> Any:
     mine = range(where.index, where.index + devices)
     if mine.stop > torch.cuda.device_count():
         raise SparringError(
-            f"model.devices = {devices} from number {where.index} on, but {socket.gethostname()} "
+            f"devices = {devices} from number {where.index} on, but {socket.gethostname()} "
             f"shows {torch.cuda.device_count()} accelerators"
         )
     free = {n: torch.cuda.mem_get_info(n)[0] for n in mine}

@@ -19,7 +19,7 @@ from sparring.alignment.config import (
     PromptsConfig,
     TrainConfig,
 )
-from sparring.launch.config import config, parse_portion
+from sparring.launch.config import config, parse_portion, positive
 from sparring.launch.merging import MERGE
 from sparring.launch.stages import Stage
 
@@ -27,7 +27,20 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @config
-class GenerateStage(GenerateConfig):
+class Loading:
+    """How stages that only read a policy load it."""
+
+    dtype: Dtype = "float32"
+    """Number type of the model's weights and forward passes."""
+    devices: int = 1
+    """Accelerators that one copy of the model is spread over."""
+
+    def __post_init__(self) -> None:
+        positive("devices", self.devices)
+
+
+@config
+class GenerateStage(GenerateConfig, Loading):
     """Sampling of one iteration."""
 
     iteration: int = 0
@@ -38,10 +51,6 @@ class GenerateStage(GenerateConfig):
     """First prompt to use."""
     count: int = 0
     """Number of prompts; 0: all from `start` on."""
-    dtype: Dtype = "float32"
-    """Number type of the model while sampling."""
-    devices: int = 1
-    """Accelerators that one copy of the model is spread over."""
     max_prompt_tokens: int = 512
     """Longest prompt in tokens; none is cut."""
     too_long: Literal["error", "drop"] = "error"
@@ -53,11 +62,12 @@ class GenerateStage(GenerateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Loading.__post_init__(self)
         parse_portion(self.shard)
 
 
 @config
-class ParityStage(ParityConfig):
+class ParityStage(ParityConfig, Loading):
     """The gate of one iteration."""
 
     temperature: float = 1.0
@@ -66,10 +76,10 @@ class ParityStage(ParityConfig):
     """The nucleus they should have been sampled from."""
     template: Literal["chat", "instruction"] = "chat"
     """How their prompts should have been written."""
-    dtype: Dtype = "float32"
-    """Number type of the trainer's forward pass."""
-    devices: int = 1
-    """Accelerators that one copy of the model is spread over."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Loading.__post_init__(self)
 
 
 @config
@@ -104,13 +114,9 @@ class PairStage(PairSettings):
 
 
 @config
-class ReferenceStage:
+class ReferenceStage(Loading):
     """Reference log-probabilities of one iteration."""
 
-    dtype: Dtype = "float32"
-    """Number type of the forward pass."""
-    devices: int = 1
-    """Accelerators that one copy of the model is spread over."""
     batch: int = 8
     """Pairs a forward pass."""
     chunk: int = 128
@@ -140,7 +146,7 @@ class ExtrapolateStage:
 
 
 @config
-class EvaluateStage:
+class EvaluateStage(Loading):
     """Measurement of one iterate."""
 
     judge: JudgeConfig = JudgeConfig()
@@ -150,10 +156,6 @@ class EvaluateStage:
     """Estimate KL(current ‖ base) from the samples; needs the input `base_model`."""
     level: float = 0.95
     """Of the intervals."""
-    dtype: Dtype = "float32"
-    """Number type of the forward passes."""
-    devices: int = 1
-    """Accelerators that one copy of the model is spread over."""
     batch: int = 16
     """Responses a forward pass."""
     max_response_tokens: int = 256
@@ -166,6 +168,7 @@ class EvaluateStage:
     """Examples of each such task; 0: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.level < 1:
             raise ValueError(f"level is a probability between 0 and 1, not {self.level}")
         if self.lm_eval_limit < 0:

@@ -59,7 +59,7 @@ class World:
             return self
         if self.local_size % devices:
             raise SparringError(
-                f"model.devices = {devices} does not divide the {self.local_size} ranks of a host; "
+                f"devices = {devices} does not divide the {self.local_size} ranks of a host; "
                 "change it, or launch.processes (the hostfile's slots)"
             )
         if self.local_rank % devices:

@@ -24,6 +24,11 @@ ROWS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
+        (
+            "reference --model {model} --pairs {pair} --devices 0",
+            2,
+            "devices must be positive, not 0",
+        ),
         ("pair --prompts {prompts} --responses {generate}", 2, "'best-worst' needs --judged"),
         (
             "pair --rule real-generated --prompts {prompts} --responses {generate}",

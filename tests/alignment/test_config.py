@@ -15,6 +15,7 @@ from sparring.launch.errors import UsageError
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
+        ("model", "devices", 0, "model.devices must be positive, not 0"),
         ("prompts", "train", 0, "takes every prompt; then prompts.heldout must be 0"),
         ("prompts", "heldout", 0, "prompts.heldout must be positive, not 0"),
         ("prompts", "train", 2, "leaves some of the 3 iterations without a prompt; raise it"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sparring.alignment import generate
-from sparring.alignment.engines import Engine, Request, Sample, build_engine
+from sparring.alignment.engines import Engine, Request, Sample, build_engine, vllm_environment
 from sparring.alignment.models import load_policy
 from sparring.alignment.rows import Message, Prompt, Response
 from sparring.alignment.stages import GenerateStage
@@ -116,6 +117,34 @@ def test_a_response_depends_on_its_prompt_and_seed_alone(tiny_model: Path) -> No
     assert together == small == backwards
     assert together[:3] == alone
     assert len({sample.ids for sample in together}) > 6
+
+
+@pytest.mark.parametrize(
+    ("rank", "devices", "seen", "visible", "bound"),
+    [
+        (0, 1, None, "0", "0,4"),
+        (3, 1, "4,5,6,7", "7", "3,7"),
+        (2, 2, None, "2,3", "2,6|3,7"),
+        (2, 2, "4,5,6,7", "6,7", "2,6|3,7"),
+        (0, 4, "4,5,6,7", "4,5,6,7", "0,4|1,5|2,6|3,7"),
+    ],
+)
+def test_what_an_engine_sees_of_its_host(
+    rank: int,
+    devices: int,
+    seen: str | None,
+    visible: str,
+    bound: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two hosts of four ranks and eight cores each.
+    monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": seen} if seen else {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    world = World(rank, 8, rank, 4).sharing(devices)
+    assert world is not None
+    vllm_environment(world, memory=0, devices=devices)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == bound
 
 
 def test_other_seeds_give_other_responses(tiny_model: Path) -> None:
