@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,16 @@ def make(folder: Path, kind: str, inputs: dict[str, Path], *, ranks: int, **sett
 
 
 def test_a_split_model_samples_as_the_trainer_thinks(
-    model: Path, tiny_prompts: Path, tmp_path: Path
+    model: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A test before this one may have had an engine in this process.
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     prompts = make(tmp_path, "prompts", {}, ranks=1, source=str(tiny_prompts), train=8, heldout=0)
     inputs = {"model": model, "prompts": prompts}
     sampling = {"k": 2, "max_new_tokens": 12, "chunk": 4, "devices": 2}
     responses = make(tmp_path, "generate", inputs, ranks=2, **sampling)
     assert len(read_rows(responses / "responses.parquet", Response)) == 16
-    assert "VllmWorker-1" in (tmp_path / "logs/generate.log").read_text()  # vLLM's second process
+    assert "tensor_parallel_size=2" in (tmp_path / "logs/generate.log").read_text()
     make(tmp_path, "parity", {**inputs, "responses": responses}, ranks=1)  # raises where not

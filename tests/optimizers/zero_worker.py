@@ -336,8 +336,11 @@ def main() -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(gathered))
     dist.barrier()
-    # gloo's threads must have ended when the interpreter does, or it aborts now and then.
     dist.destroy_process_group()
+    # All is written. Threads of gloo that outlive the interpreter abort it now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
