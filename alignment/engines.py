@@ -76,7 +76,10 @@ def vllm_environment(world: World, *, memory: float, devices: int = 1) -> None:
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[n :: world.local_size * devices] or cores for n in mine]
     bound = "|".join(",".join(map(str, share)) for share in shares)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
+    given = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    # One list a process: another engine's, or one for a whole engine, would stop vLLM.
+    if given is None or given.count("|") + 1 != devices:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(int(memory) or 2))
     if world.size > 1:

@@ -147,6 +147,18 @@ def test_what_an_engine_sees_of_its_host(
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == bound
 
 
+@pytest.mark.parametrize(
+    ("given", "devices", "kept"),
+    [("0-3", 1, True), ("0-3", 2, False), ("0|1", 2, True), ("0|1", 1, False)],
+)
+def test_cores_that_the_environment_names(
+    given: str, devices: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"VLLM_CPU_OMP_THREADS_BIND": given})
+    vllm_environment(World(), memory=0, devices=devices)
+    assert (os.environ["VLLM_CPU_OMP_THREADS_BIND"] == given) is kept
+
+
 def test_other_seeds_give_other_responses(tiny_model: Path) -> None:
     drawn = engine(tiny_model, max_new_tokens=10).sample([Request(PROMPT, n) for n in range(8)])
     assert len({sample.ids for sample in drawn}) == 8
