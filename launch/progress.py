@@ -28,6 +28,8 @@ class Reporter:
         self._done: dict[int, int] = {}
         self._last = 0.0
         self._started = 0.0
+        self._kept = 0
+        self._kept_at = 0.0
 
     def start(self, label: str) -> None:
         self._label, self._done, self._last, self._started = label, {}, time.time(), time.time()
@@ -50,17 +52,24 @@ class Reporter:
             self.console.print(f"    {self._label}: {event['note']}", style="yellow", markup=False)
         if "done" not in event:
             return
-        self._done[event.get("rank", 0)] = event["done"]
+        rank = event.get("rank", 0)
+        first = rank not in self._done
+        self._done[rank] = event["done"]
         done, total, unit = sum(self._done.values()), event["total"], event.get("unit", "")
+        now = time.time()
+        if first:  # most of it may have been kept from an earlier run, so it tells no speed
+            self._kept, self._kept_at = done, now
         if self._live is not None and self._task is not None:
+            if first:
+                self._live.reset(self._task, completed=done)
             self._live.update(self._task, completed=done, total=total, unit=unit)
-        elif time.time() - self._last > 20:
-            self._last = time.time()
-            elapsed = self._last - self._started
-            left = elapsed / max(done, 1) * (total - done)
-            self.console.print(
-                f"    {self._label}: {done}/{total} {unit}, {elapsed:.0f} s, {left:.0f} s left"
-            )
+        elif now - self._last > 20:
+            self._last = now
+            line = f"    {self._label}: {done}/{total} {unit}, {now - self._started:.0f} s"
+            if done > self._kept:
+                left = (now - self._kept_at) / (done - self._kept) * (total - done)
+                line += f", {left:.0f} s left"
+            self.console.print(line)
 
     def stop(self, result: str) -> None:
         if self._live is not None:
