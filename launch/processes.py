@@ -5,6 +5,7 @@ A stage is SPMD. One rank runs as one process; several are started as `launch.ho
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.lease import RENEWED, Lease
@@ -73,6 +74,18 @@ def emit(**event: Any) -> None:
     sys.stdout.flush()
     # One write: ranks share the pipe, and the two of `print` (text, newline) get mixed up there.
     os.write(sys.stdout.fileno(), f"{EVENT}{json.dumps(event)}\n".encode())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` would, but without taking the interpreter down.
+
+    Gloo's threads may still let go of the last operation's tensors then, and abort a rank that has
+    done all of its work (pytorch/pytorch pull request 179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def free_port() -> int:

@@ -262,6 +262,23 @@ def test_no_orphan_outlives_a_killed_driver(tmp_path: Path) -> None:
     assert not (tmp_path / "one" / "work" / "saved").exists()
 
 
+def test_leaving_writes_all_out_and_skips_the_end_of_the_interpreter() -> None:
+    script = """
+import atexit
+from sparring.launch.processes import leave
+
+class Ends:
+    def __del__(self):
+        print("taken down")
+
+kept = Ends()
+atexit.register(print, "handler", end="")
+leave(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "handler", "")
+
+
 def test_the_interpreter_of_a_stage_may_be_named(tmp_path: Path) -> None:
     with pytest.raises(SparringError, match=r"launch\.python\.add: /no/python does not exist"):
         execute(tmp_path, "ok", python={"add": "/no/python"})

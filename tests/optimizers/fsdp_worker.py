@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from sparring.launch.processes import leave
 from sparring.optimizers import MARS
 
 STEPS = range(6)
@@ -168,6 +169,7 @@ def main() -> None:
         Path(sys.argv[1]).write_text(json.dumps(gathered))
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparring.launch.processes import leave
 from sparring.optimizers import MARS
 from sparring.optimizers.deepspeed import register_deepspeed, take_moments, unwrap
 
@@ -337,10 +338,7 @@ def main() -> None:
         out.write_text(json.dumps(gathered))
     dist.barrier()
     dist.destroy_process_group()
-    # All is written. Threads of gloo that outlive the interpreter abort it now and then.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":

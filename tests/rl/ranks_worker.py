@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny_process import process, softmax
 
+from sparring.launch.processes import leave
 from sparring.rl import GPOMDP, SRVRPG, GaussianPolicy, PolicyGradient, StormPG
 from sparring.rl.ranks import together
 
@@ -87,6 +88,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(gathered))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from sparring.launch.processes import leave
 from sparring.science.admm import L1, LeastSquares
 from sparring.science.admm_consensus import consensus_admm
 
@@ -40,6 +41,7 @@ def main() -> None:
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
