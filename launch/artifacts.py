@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sparring.launch.errors import SparringError
 
@@ -144,14 +147,19 @@ def verify(artifact: Artifact) -> list[str]:
     ]
 
 
+def current_key(folder: Path) -> str | None:
+    """Key of what is or becomes the artifact in a folder; None where there is none."""
+    marker = folder / _KEY
+    return marker.read_text() if marker.is_file() else None
+
+
 def prepare(folder: Path, key: str) -> Artifact | None:
     """Make a folder ready for the artifact of this key; return the artifact if it is already there.
 
     What another key left there is kept under `NAME.stale-KEY`, and comes back when its key does.
     """
     for place in (folder, folder.with_name(f"{folder.name}.stale-{key[:8]}")):
-        marker = place / _KEY
-        if marker.is_file() and marker.read_text() == key:
+        if current_key(place) == key:
             if place != folder:
                 _set_aside(folder)
                 place.rename(folder)
@@ -172,14 +180,14 @@ def prepare(folder: Path, key: str) -> Artifact | None:
 def _set_aside(folder: Path) -> None:
     if not folder.exists():
         return
-    marker = folder / _KEY
+    key = current_key(folder)
     strange = (path for path in folder.iterdir() if not path.match(f".{_KEY}.*.tmp"))
-    if not marker.is_file() and any(strange):
+    if key is None and any(strange):
         raise SparringError(
             f"{folder} holds files that sparring did not write; choose another place"
         )
-    if marker.is_file():
-        aside = folder.with_name(f"{folder.name}.stale-{marker.read_text()[:8]}")
+    if key is not None:
+        aside = folder.with_name(f"{folder.name}.stale-{key[:8]}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
@@ -191,3 +199,27 @@ def complete(folder: Path, key: str, facts: Mapping[str, Any]) -> Artifact:
     write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return Artifact(folder, manifest)
+
+
+@contextmanager
+def locked(file: Path, folder: Path) -> Iterator[None]:
+    """Hold a folder for one process, by a lock on `file`.
+
+    Raises:
+        SparringError: another process holds it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SparringError(
+            f"another sparring process is working in {folder}; wait for it, stop it, "
+            "or choose another folder with --out"
+        ) from None
+    except OSError as error:
+        raise SparringError(f"{folder} cannot be written: {error}; choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()

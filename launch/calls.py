@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparring.launch import runs, stages
+from sparring.launch import artifacts, runs, stages
 from sparring.launch.artifacts import Artifact
-from sparring.launch.config import build
+from sparring.launch.config import build, plain
 from sparring.launch.errors import UsageError
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig, Stage, Step
+from sparring.launch.tracking import tracking
 
 Input = str | Path | Artifact
 
@@ -54,12 +55,18 @@ def make(
     """
     step = Step(out.name, stage, settings, {}, seed)
     lock = out.with_name(f".{out.name}.lock")
-    with runs.locked(lock, out), runs.sigterm_stops():
+    tracks = out.parent / "tracking" / out.name
+    with (
+        artifacts.locked(lock, out),
+        runs.sigterm_stops(),
+        tracking(launch.track, out.name, plain(settings), tracks, reporter.note) as trackers,
+    ):
         reporter.start(stage.name)
-        artifact, fresh = stages.execute(
-            step, inputs, out, launch, logs=out.parent / "logs", on_event=reporter.event
-        )
+        trackers.begin(stage.name, out)
+        logs, on_event = out.parent / "logs", trackers.after(reporter.event)
+        artifact, fresh = stages.execute(step, inputs, out, launch, logs=logs, on_event=on_event)
         reporter.stop(runs.describe(artifact) if fresh else "kept, it was there already")
+        trackers.end(artifact)
     return artifact, fresh
 
 

@@ -46,12 +46,13 @@ COMMANDS = {
     "conf-sample": "sample conformations of a sequence",
     "conf-evaluate": "measure an ensemble against a reference",
     "report": "write a run's report again",
+    "track": "send a run's metrics to TensorBoard, Weights & Biases or Trackio",
     "recipes": "list algorithms and recipes",
     "doctor": "say which stages can run here, and why not",
 }
 
 
-_OTHERS = ("demo", "run", "plan", "report", "recipes", "doctor")
+_OTHERS = ("demo", "run", "plan", "report", "track", "recipes", "doctor")
 STAGE_COMMANDS = tuple(name for name in COMMANDS if name not in _OTHERS)
 
 _FAMILY = "conf"  # commands that are two words: `sparring conf md`
@@ -264,27 +265,48 @@ def _stage(call: _Invocation) -> int:
     return 0
 
 
-def _report(call: _Invocation) -> int:
+def _run_options(call: _Invocation, *more: Any) -> tuple[Any, Any, Any]:
+    """Pipeline and recipe of the run that a command names, and its options."""
     import tyro
 
     from sparring.launch import runs
     from sparring.launch.config import build, parse
 
     positional = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="folder of the run")]
-    options_type = dataclasses.make_dataclass("Options", [("run", positional)])
     options = parse(
-        options_type, call.arguments, prog="sparring report", description=COMMANDS["report"]
+        dataclasses.make_dataclass("Options", [("run", positional), *more]),
+        call.arguments,
+        prog=f"sparring {call.command}",
+        description=COMMANDS[call.command],
     )
     path = options.run / runs.RUN_FILE
     if not path.is_file():
         raise SparringError(f"{options.run} is no run: it has no {runs.RUN_FILE}")
     data = json.loads(path.read_text())["recipe"]
     pipeline = runs.pipelines()[data["pipeline"]]
-    recipe: Any = build(pipeline.recipe, data, str(path))
+    return pipeline, build(pipeline.recipe, data, str(path)), options
+
+
+def _report(call: _Invocation) -> int:
+    pipeline, recipe, options = _run_options(call)
     report = pipeline.report(recipe, options.run)
     summary = dict(pipeline.summary(recipe, options.run))
     text = summary.pop("table", "")
     call.show({"report": str(report), **summary}, f"{text}\n\nreport: {report}")
+    return 0
+
+
+def _track(call: _Invocation) -> int:
+    import tyro
+
+    from sparring.launch import runs
+    from sparring.launch.progress import Reporter
+
+    text = "tensorboard, wandb, trackio, or module:class"
+    to = Annotated[tuple[str, ...], tyro.conf.arg(help=text, metavar="NAME [NAME ...]")]
+    pipeline, recipe, options = _run_options(call, ("to", to))
+    runs.track(pipeline, recipe, options.run, options.to, Reporter(quiet=call.as_json))
+    call.show({"tracked": list(options.to)}, f"{options.run}: sent to {', '.join(options.to)}")
     return 0
 
 
@@ -336,6 +358,7 @@ _HANDLERS: dict[str, Callable[[_Invocation], int]] = {
     "run": _run,
     "plan": _plan,
     "report": _report,
+    "track": _track,
     "recipes": _recipes,
     "doctor": _doctor,
     **dict.fromkeys(STAGE_COMMANDS, _stage),

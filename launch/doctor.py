@@ -27,6 +27,7 @@ _NEEDS: dict[str, Sequence[Sequence[str]]] = {
     "learn (MuJoCo tasks)": (("mujoco",),),
     "conf md, label, evaluate": (("OpenMM",), ("mdtraj",), ("PeptideBuilder",), ("deeptime",)),
     "conf train, guide, sample": (("torch",), ("roma",), ("mdtraj",), ("transformers",)),
+    "metrics to a tracker": (("tensorboard", "wandb", "trackio"),),
     "compose, admm, consensus": (("torch",), ("scipy",), ("scikit-learn",), ("linearmodels",)),
 }
 

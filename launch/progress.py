@@ -49,7 +49,7 @@ class Reporter:
 
     def event(self, event: dict[str, Any]) -> None:
         if "note" in event:
-            self.console.print(f"    {self._label}: {event['note']}", style="yellow", markup=False)
+            self.note(event["note"])
         if "done" not in event:
             return
         rank = event.get("rank", 0)
@@ -70,6 +70,9 @@ class Reporter:
                 left = (now - self._kept_at) / (done - self._kept) * (total - done)
                 line += f", {left:.0f} s left"
             self.console.print(line)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"    {self._label}: {text}", style="yellow", markup=False)
 
     def stop(self, result: str) -> None:
         if self._live is not None:

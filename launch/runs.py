@@ -7,13 +7,11 @@ import json
 import signal
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
-
-from filelock import FileLock, Timeout
 
 from sparring.launch import artifacts, stages
 from sparring.launch.artifacts import Artifact
@@ -21,6 +19,7 @@ from sparring.launch.config import build, differences, plain, read_toml
 from sparring.launch.errors import SparringError, Stopped, UsageError
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig, Stage, Step
+from sparring.launch.tracking import Tracking, tracking
 
 RUN_FILE = "run.json"
 
@@ -124,30 +123,6 @@ def plan(pipeline: Pipeline, recipe: Any, folder: Path) -> list[Planned]:
 
 
 @contextmanager
-def locked(file: Path, folder: Path) -> Iterator[None]:
-    """Hold a folder for one process, by a lock on `file`.
-
-    Raises:
-        SparringError: another process holds it.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SparringError(
-            f"another sparring process is working in {folder}; wait for it, stop it, "
-            "or choose another folder with --out"
-        ) from None
-    except OSError as error:
-        raise SparringError(f"{folder} cannot be written: {error}; choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def sigterm_stops() -> Iterator[None]:
     """SIGTERM, as clusters send it before they take a node away, ends a run like Ctrl-C."""
 
@@ -197,39 +172,73 @@ def execute(
     """
     launch: LaunchConfig = recipe.launch
     stages.all_hosts(launch)  # a wrong one before any work
-    computed = 0
-    made: dict[str, Path] = {}
-    steps = pipeline.steps(recipe)
-    with locked(folder / ".lock", folder), sigterm_stops():
+    with artifacts.locked(folder / ".lock", folder), sigterm_stops():
         _claim(folder, recipe, changed=changed)
-        for number, step in enumerate(steps, 1):
-            inputs = _resolve(step, made)
-            assert inputs is not None, f"{step.name} comes before its inputs"
-            reporter.start(f"[{number}/{len(steps)}] {step.name}")
-            try:
-                artifact, fresh = stages.execute(
-                    step,
-                    inputs,
-                    folder / step.name,
-                    launch,
-                    logs=folder / "logs",
-                    on_event=reporter.event,
-                )
-            except BaseException as error:
-                asked = isinstance(error, (Stopped, KeyboardInterrupt))
-                reporter.stop("stopped" if asked else "failed")
-                raise
-            reporter.stop(describe(artifact) if fresh else f"kept    {describe(artifact)}")
-            computed += fresh
-            made[step.name] = artifact.path
+        with _tracking(recipe, folder, launch.track, reporter) as trackers:
+            computed, kept = _make_steps(pipeline.steps(recipe), folder, launch, reporter, trackers)
         report = pipeline.report(recipe, folder)
     return {
         "run": str(folder),
         "report": str(report),
         "computed": computed,
-        "kept": len(steps) - computed,
+        "kept": kept,
         **pipeline.summary(recipe, folder),
     }
+
+
+def _make_steps(
+    steps: Sequence[Step],
+    folder: Path,
+    launch: LaunchConfig,
+    reporter: Reporter,
+    trackers: Tracking,
+) -> tuple[int, int]:
+    """Returns how many steps were computed, and how many kept."""
+    computed = 0
+    made: dict[str, Path] = {}
+    on_event = trackers.after(reporter.event)
+    for number, step in enumerate(steps, 1):
+        inputs = _resolve(step, made)
+        assert inputs is not None, f"{step.name} comes before its inputs"
+        output = folder / step.name
+        reporter.start(f"[{number}/{len(steps)}] {step.name}")
+        trackers.begin(step.name, output)
+        try:
+            artifact, fresh = stages.execute(
+                step, inputs, output, launch, logs=folder / "logs", on_event=on_event
+            )
+        except BaseException as error:
+            asked = isinstance(error, (Stopped, KeyboardInterrupt))
+            reporter.stop("stopped" if asked else "failed")
+            raise
+        reporter.stop(describe(artifact) if fresh else f"kept    {describe(artifact)}")
+        trackers.end(artifact)
+        computed += fresh
+        made[step.name] = artifact.path
+    return computed, len(steps) - computed
+
+
+def _tracking(
+    recipe: Any, folder: Path, names: Sequence[str], reporter: Reporter
+) -> AbstractContextManager[Tracking]:
+    return tracking(names, folder.name, plain(recipe), folder / "tracking", reporter.note)
+
+
+def track(
+    pipeline: Pipeline, recipe: Any, folder: Path, names: Sequence[str], reporter: Reporter
+) -> None:
+    """Send what a run's folder holds, and a tracker has not, to trackers.
+
+    Raises:
+        SparringError: a tracker is unknown, not installed or does not start, or the run is being
+            tracked just now.
+    """
+    with _tracking(recipe, folder, names, reporter) as trackers:
+        for step in pipeline.steps(recipe):
+            output = folder / step.name
+            if output.exists():
+                trackers.begin(step.name, output)
+                trackers.end(artifacts.read(output))
 
 
 def describe(artifact: Artifact) -> str:

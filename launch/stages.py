@@ -55,6 +55,8 @@ class LaunchConfig:
     Other heavy stages have processes of their own, which free all their memory."""
     python: dict[str, str] = field(default_factory=dict)
     """Interpreter for a stage by its name, when it needs packages that this one has not."""
+    track: tuple[str, ...] = ()
+    """Where metrics go besides their files: "tensorboard", "wandb", "trackio", or module:class."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:

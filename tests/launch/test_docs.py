@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparring.launch import cli
+from sparring.launch.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -56,6 +57,9 @@ def check(words: list[str], out: Path) -> None:
         assert options.out
     elif command == "report":
         assert len(rest) == 1
+    elif command == "track":
+        assert rest[1] == "--to"
+        assert {*rest[2:]} <= {*TRACKERS}
     else:
         assert command in ("recipes", "doctor")
         assert not rest
@@ -64,7 +68,7 @@ def check(words: list[str], out: Path) -> None:
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 30
     stages = {cli.joined(param.values[0])[0] for param in COMMANDS}
-    assert {*cli.STAGE_COMMANDS, "run", "plan", "demo", "report", "doctor"} <= stages
+    assert {*cli.STAGE_COMMANDS, "run", "plan", "demo", "report", "track", "doctor"} <= stages
 
 
 @pytest.mark.parametrize("words", COMMANDS)

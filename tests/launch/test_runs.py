@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sparring.launch import runs, stages
+from sparring.launch import artifacts, runs, stages
 from sparring.launch.errors import SparringError, Stopped, UsageError
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig, Step
@@ -114,18 +114,18 @@ def test_the_last_step_says_how_it_ended(
 
 def test_a_second_process_is_told(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from sparring.launch import runs\n"
+        "import sys; from pathlib import Path; from sparring.launch import artifacts\n"
         "folder = Path(sys.argv[1])\n"
         "try:\n"
-        "  with runs.locked(folder / '.lock', folder): print('entered')\n"
-        "except runs.SparringError as error: print(error)"
+        "  with artifacts.locked(folder / '.lock', folder): print('entered')\n"
+        "except artifacts.SparringError as error: print(error)"
     )
 
     def second() -> str:
         command = [sys.executable, "-c", code, str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    with runs.locked(tmp_path / ".lock", tmp_path):
+    with artifacts.locked(tmp_path / ".lock", tmp_path):
         told = second()
     assert f"another sparring process is working in {tmp_path}" in told
     assert "--out" in told
