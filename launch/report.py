@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from sparring.launch.artifacts import write_atomically
 
 # What matplotlib writes into a drawing about itself: a date, and links to vocabularies.
 _METADATA = ("Date", "Creator", "Format", "Type")
+_INSIDE = 5  # curves whose names still fit inside the axes
+_MARKERS = "osD^v*PX"
 
 
 @dataclass(frozen=True)
@@ -61,33 +64,22 @@ def line_chart(
     """Draw lines as SVG; intervals become error bars, or bands where points are many.
 
     With `log` the vertical axis is logarithmic; with `marked` every point has a dot, and the
-    horizontal axis, of costs, is logarithmic.
+    horizontal axis, of costs, is logarithmic where they span enough.
     """
     import matplotlib as mpl
     from markupsafe import Markup
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    beside = len(series) > _INSIDE
+    size = (6.6, max(2.7, 0.17 * len(series) + 0.5)) if beside else (4.2, 2.7)
     # A fixed salt and no metadata: the same figures give the same file, and it names no address.
     with mpl.rc_context({"svg.hashsalt": "sparring", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4.2, 2.7), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        for one in series:
-            if bands:
-                (line,) = axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
-                if len(one.low):
-                    axes.fill_between(one.x, one.low, one.high, color=line.get_color(), alpha=0.15)
-            elif len(one.low):
-                below = [y - low for y, low in zip(one.y, one.low, strict=True)]
-                above = [high - y for y, high in zip(one.y, one.high, strict=True)]
-                axes.errorbar(
-                    one.x, one.y, yerr=[below, above], marker="o", capsize=3, label=one.name
-                )
-            else:
-                dot = "o" if marked else None
-                axes.plot(one.x, one.y, linewidth=1.2, label=one.name, marker=dot)
-        if marked:
-            axes.set_xscale("log")
+        for number, one in enumerate(series):
+            marker = _MARKERS[number // 10 % len(_MARKERS)]  # colours repeat after ten
+            _draw(axes, one, marker, bands=bands, marked=marked)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log:
@@ -95,16 +87,53 @@ def line_chart(
             # An interval of few seeds may span more decades than all the curves.
             values = [y for one in series for y in one.y]
             axes.set_ylim(min(values) / 10, max(values) * 10)
-        if not marked and all(float(x).is_integer() for one in series for x in one.x):
+        if marked:
+            _scale_costs(axes, [x for one in series for x in one.x])
+        elif all(float(x).is_integer() for one in series for x in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(5 if bands else 10, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        if len(series) > 1:
+        if beside:
+            figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+        elif len(series) > 1:
             axes.legend(frameon=bands, fontsize="small" if bands else None)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(_METADATA))
     drawing = buffer.getvalue()
     return Chart(Markup(drawing[drawing.index("<svg") :]), caption)
+
+
+def _draw(axes: Any, one: Series, marker: str, *, bands: bool, marked: bool) -> None:
+    if bands:
+        (line,) = axes.plot(one.x, one.y, linewidth=1.2, label=one.name)
+        if len(one.low):
+            axes.fill_between(one.x, one.low, one.high, color=line.get_color(), alpha=0.15)
+    elif len(one.low):
+        below = [y - low for y, low in zip(one.y, one.low, strict=True)]
+        above = [high - y for y, high in zip(one.y, one.high, strict=True)]
+        axes.errorbar(
+            one.x,
+            one.y,
+            yerr=[below, above],
+            marker=marker,
+            markersize=4,
+            capsize=3,
+            label=one.name,
+        )
+    else:
+        dot = marker if marked else None
+        axes.plot(one.x, one.y, linewidth=1.2, label=one.name, marker=dot)
+
+
+def _scale_costs(axes: Any, costs: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers, where its ticks would not be a single one."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if min(costs) > 0 and max(costs) / min(costs) > 10:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def png(data: bytes, *, caption: str) -> Chart:

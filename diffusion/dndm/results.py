@@ -79,7 +79,9 @@ def _charts(rows: Mapping[str, list[dict[str, float]]]) -> list[Chart]:
         series.append(Series(sampler, [calls], [value], [low], [high]))
     label = measure.replace("_", " ")
     caption = f"{label} against network calls a batch; means over seeds, 95 % t-intervals"
-    return [line_chart(series, x_label="network calls", y_label=label, caption=caption)]
+    return [
+        line_chart(series, x_label="network calls", y_label=label, caption=caption, marked=True)
+    ]
 
 
 def _training(run: Path) -> Section:

@@ -17,11 +17,11 @@ are always of all that is there. Commands at the same time need different seeds,
 networks.
 
 What keeps it cheap: masks need no t, so one network that ignores it serves all samplers, MDLM's
-cache too; RDM at T = 1000 is left out where its law is D3PM's; and where calls are T by
-construction (or near it, MDLM's cache) T = 1000 runs on one batch, a fair sample since held-out
-texts are in random order. Estimates for one core, from a few steps and calls of each: dndm-g2p 35
-minutes to train a network and 15 to sample from it, four networks a seed; texts 65 (1500 steps,
-half the recipe's) and 50, three networks a seed. So three seeds of both are about 10 and 17 hours.
+cache too; RDM at T = 1000 is left out where its law is D3PM's; and but for D3PM, the baseline, what
+makes T calls or nearly so (RDM, MDLM's cache) makes them on one batch where T = 1000. The column
+"first batch" has the symbol error of all samplers on that one. Cost on one core, as measured:
+dndm-g2p 14 minutes to train a network and 6 to 12 to sample from it, four networks a seed: four
+hours in all.
 
     python scripts/benchmarks/dndm.py --quick
     python scripts/benchmarks/dndm.py --seeds 0
@@ -56,14 +56,19 @@ from sparring.diffusion.dndm import (
     expected_calls,
 )
 from sparring.diffusion.dndm.config import SamplerConfig, TextRecipe
+from sparring.diffusion.dndm.measures import nearest
 from sparring.diffusion.dndm.network import TextDenoiser, TextDenoiserConfig
 from sparring.diffusion.dndm.pipeline import PIPELINE
 from sparring.diffusion.dndm.results import cells, found
+from sparring.diffusion.dndm.rows import SampledText
+from sparring.diffusion.dndm.stages import SAMPLE_TEXT, TEXT_DATA
+from sparring.diffusion.dndm.vocabulary import Vocabularies, split
 from sparring.launch import runs
 from sparring.launch.comparison import interval
 from sparring.launch.errors import SparringError
 from sparring.launch.progress import Reporter
 from sparring.launch.report import Series, line_chart
+from sparring.launch.rows import read_rows
 
 TOKENS = 32
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +198,7 @@ def arms(kind: Kind, times: Sequence[int], *, batch: int, pairs: bool) -> list[S
             law_of_d3pm = name == "rdm" and kind.noise == "absorbing"
             if (slow and not steps) or (law_of_d3pm and steps >= _MANY):
                 continue
-            count = batch if slow and steps >= _MANY else 0
+            count = batch if slow and name != "d3pm" and steps >= _MANY else 0
             listed.append({"algorithm": name, "steps": steps, "count": count})
             if pairs and name in ("dndm-k", "rdm-k") and steps in (0, 50):
                 listed.append({"algorithm": name, "steps": steps, "token": "argmax"})
@@ -229,6 +234,18 @@ def built(base: TextRecipe, name: str, seed: int, times: Sequence[int], steps: i
     )
 
 
+def first_batch(recipe: TextRecipe, run: Path, sampler: str) -> float:
+    """Symbol error of the words that every sampler was given."""
+    path = run / sampler / "seed0" / SAMPLE_TEXT.name / "samples.parquet"
+    unit = Vocabularies.load(run / TEXT_DATA.name).target.unit
+    edits = symbols = 0
+    for row in read_rows(path, SampledText)[: recipe.batch]:
+        targets = [split(text, unit) for text in (row.target, *row.others)]
+        distance, length = nearest(split(row.text, unit), targets)
+        edits, symbols = edits + distance, symbols + length
+    return edits / symbols
+
+
 def each_batch(figures: dict[str, float]) -> dict[str, float]:
     """With seconds a batch, since arms differ in their number of batches."""
     figures = dict(figures)
@@ -239,6 +256,7 @@ def each_batch(figures: dict[str, float]) -> dict[str, float]:
 def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, name: str) -> list[str]:
     """The first measure against calls and against seconds, with intervals; a line a sampler.
 
+    Samplers that had all texts, not one batch of them.
     Samplers that leave positions and tokens to chance and those that go by the network's answer
     are two pairs of drawings.
     """
@@ -277,13 +295,19 @@ def tables(
     for base in bases.values():
         for name in NETWORKS:
             measured: dict[str, list[dict[str, float]]] = {}
+            whole: set[str] = set()
             for seed in range(_MOST_SEEDS):
                 recipe = built(base, name, seed, times, options.steps)
-                for sampler, figures in found(recipe, options.out / recipe.name).items():
-                    measured.setdefault(sampler, []).extend(map(each_batch, figures))
+                run = options.out / recipe.name
+                whole |= {sampler.name for sampler in recipe.samplers if not sampler.count}
+                for sampler, (figures,) in found(recipe, run).items():
+                    if base.data.source in PAIRS:
+                        figures["first_batch"] = first_batch(recipe, run, sampler)
+                    measured.setdefault(sampler, []).append(each_batch(figures))
             if not measured:
                 continue
-            print(f"\n{base.name}, {name}:", *plots(measured, options.out, f"{base.name}-{name}"))
+            drawn = {sampler: figures for sampler, figures in measured.items() if sampler in whole}
+            print(f"\n{base.name}, {name}:", *plots(drawn, options.out, f"{base.name}-{name}"))
             heading, *lines = cells(measured)
             for line in (heading, ["---"] * len(heading), *lines):
                 print("| " + " | ".join(line) + " |")
