@@ -19,6 +19,7 @@ from typing import Any
 
 from sparring.launch import artifacts
 from sparring.launch.artifacts import Artifact
+from sparring.launch.errors import Stopped
 from sparring.launch.metrics import read_metrics
 from sparring.launch.trackers import Run, Tracker, start
 
@@ -56,6 +57,7 @@ class Tracking:
         if self._trackers and self._current and now - self._looked > _EVERY:
             self._looked = now
             self._send_rows(*self._current)
+            artifacts.write_json(self._file, self._sent)
 
     def after(self, handler: Callable[[Event], None]) -> Callable[[Event], None]:
         """A handler of a stage's events that looks for new rows after another one."""
@@ -121,6 +123,8 @@ class Tracking:
         """Whether a tracker took it. One that fails is left out: it must not end hours of work."""
         try:
             call()
+        except Stopped:  # SIGTERM came meanwhile
+            raise
         except Exception as error:
             del self._trackers[name]
             self._note(

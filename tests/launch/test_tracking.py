@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from sparring.launch import artifacts, cli, runs, tracking
 from sparring.launch.calls import run_stage
-from sparring.launch.errors import SparringError
+from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.metrics import MetricsFile
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig
@@ -166,6 +168,18 @@ def test_a_tracker_that_fails_costs_nothing(maker: Maker, recorder: Any, breaks_
             trackers.end(artifacts.read(maker.folder / step))
     assert curve(recorder.logged, "train") == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert curve(recorder.logged, "summary/train") == [(0, 2.0), (1, 1.0)]
+
+
+def test_a_stop_that_comes_while_a_tracker_is_at_work(
+    maker: Maker, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log(*row: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(recorder, "log", log)
+    with runs.sigterm_stops(), pytest.raises(Stopped), maker.open() as trackers:
+        maker.made(trackers, "iter0/train", [3.0])
+    assert maker.notes == []
 
 
 def test_two_processes_do_not_send_at_once(maker: Maker) -> None:
