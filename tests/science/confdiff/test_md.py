@@ -9,6 +9,7 @@ from pathlib import Path
 import mdtraj
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from sparring.launch import runs
 from sparring.launch.errors import SparringError, Stopped
@@ -231,12 +232,25 @@ def test_two_replicas_agree_and_reweight(tmp_path: Path) -> None:
     assert reweighted == pytest.approx(direct, abs=max(error, 0.15 * gap))
 
 
+# Of PDB 5AWL (CC0), in angstrom.
+CRYSTAL = """
+24.935 20.652 10.774  21.801 19.381  9.017  18.477 20.539 10.432  16.223 17.660 11.537
+13.040 19.289 10.212  14.200 20.806  6.941  17.256 18.676  6.039  19.242 21.760  5.125
+22.762 22.680  6.241  23.135 25.467  8.794
+"""
+
+
 def test_cln025_starts_folded_in_its_recipe() -> None:
     _, recipe = runs.load_recipe(Path(__file__).parents[3] / "recipes" / "confdiff-cln025.toml")
     start = md_stage.simulation(recipe.md, {}, 0, 1)
     molecule, positions = md.starting_point(start)
     atoms = molecule.heavy_slots(positions[None])[0]
-    # N...O of the hydrogen bonds in PDB 5AWL; N is slot 0, O is slot 3.
+    carbons = np.array(CRYSTAL.split(), dtype=np.float64).reshape(10, 3) / 10
+    _, distance = Rotation.align_vectors(
+        atoms[:, 1] - atoms[:, 1].mean(0), carbons - carbons.mean(0)
+    )
+    assert distance / np.sqrt(10) < 0.025
+    # N...O of its hydrogen bonds; N is slot 0, O is slot 3.
     for donor, acceptor in ((1, 10), (10, 1), (3, 8), (7, 3)):
         assert np.linalg.norm(atoms[donor - 1, 0] - atoms[acceptor - 1, 3]) < 0.31
     apart = np.linalg.norm(positions[:, None] - positions, axis=-1)
