@@ -181,6 +181,7 @@ NETWORKS = {
     "uniform-rdm": Kind("uniform", ("rdm", "rdm-k", *_DNDM), bits=False, texts=False),
 }
 _CALLS_ARE_T = ("d3pm", "mdlm-cache", "rdm", "rdm-k")
+_SLOW_ONES = {"dndm": "d3pm", "dndm-v2": "d3pm", "dndm-k": "rdm-k"}
 _RANDOM = ("d3pm", "mdlm-cache", "rdm", "dndm", "dndm-v2", "first-hitting")
 _MANY = 1000
 _TEXT_STEPS, _TEXT_BATCH = 1500, 50
@@ -253,6 +254,30 @@ def each_batch(figures: dict[str, float]) -> dict[str, float]:
     return {**figures, "seconds_a_batch": seconds / batches}
 
 
+def differences(
+    measured: Mapping[str, list[dict[str, float]]], whole: set[str]
+) -> dict[str, tuple[float, float, float]]:
+    """The first measure of DNDM minus that of what makes T calls, seed by seed, with intervals.
+
+    On one batch where one of them had no more.
+    """
+    found = {}
+    for (ours, theirs), steps in itertools.product(_SLOW_ONES.items(), TIMES[:-1]):
+        one, other = (SamplerConfig(algorithm=a, steps=steps).name for a in (ours, theirs))
+        if measured.get(one) and len(measured.get(other, ())) == len(measured[one]):
+            measure = leading(measured) if {one, other} <= whole else "first_batch"
+            if measure in measured[one][0]:
+                pairs = zip(measured[one], measured[other], strict=True)
+                found[f"{one} - {other}"] = interval([a[measure] - b[measure] for a, b in pairs])
+    return found
+
+
+def leading(measured: Mapping[str, list[dict[str, float]]]) -> str:
+    """The measure that is drawn."""
+    first = next(iter(measured.values()))[0]
+    return "bleu" if "bleu" in first else next(iter(first))
+
+
 def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, name: str) -> list[str]:
     """The first measure against calls and against seconds, with intervals; a line a sampler.
 
@@ -260,8 +285,7 @@ def plots(measured: Mapping[str, list[dict[str, float]]], out: Path, name: str) 
     Samplers that leave positions and tokens to chance and those that go by the network's answer
     are two pairs of drawings.
     """
-    first = next(iter(measured.values()))[0]
-    measure = "bleu" if "bleu" in first else next(iter(first))
+    measure = leading(measured)
     families: dict[str, list[list[dict[str, float]]]] = {}
     for sampler, seeds in measured.items():
         family = re.sub(r"-(T=)?(inf|[0-9.]+)(?=-|$)", "", sampler)
@@ -311,6 +335,8 @@ def tables(
             heading, *lines = cells(measured)
             for line in (heading, ["---"] * len(heading), *lines):
                 print("| " + " | ".join(line) + " |")
+            for pair, (mean, low, high) in differences(measured, whole).items():
+                print(f"{pair}: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
             shown.setdefault(base.name, {})[name] = {
                 sampler: {
                     **{key: interval([one[key] for one in figures]) for key in figures[0]},
