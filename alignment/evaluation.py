@@ -60,12 +60,12 @@ def run(
         )
     if config.lm_eval and "model" not in inputs:
         raise UsageError(f"--lm-eval {' '.join(config.lm_eval)} needs --model, the policy to run")
-    figures = _held_out(config, inputs, context) if "current" in inputs else {}
-    if config.lm_eval:  # last: the harness sets the seeds of every library
+    boards: Figures = {}
+    if config.lm_eval:  # first: a judge in vLLM keeps an accelerator's memory to the end
         from sparring.alignment.harness import leaderboards
-        from sparring.launch.collective import device
+        from sparring.launch.collective import device, free_memory
 
-        figures |= leaderboards(
+        boards = leaderboards(
             inputs["model"],
             config.lm_eval,
             own_tasks=inputs.get("lm_eval_path"),
@@ -75,7 +75,8 @@ def run(
             devices=config.devices,
             limit=config.lm_eval_limit,
         )
-    return figures
+        free_memory()
+    return (_held_out(config, inputs, context) if "current" in inputs else {}) | boards
 
 
 def _held_out(config: EvaluateStage, inputs: Mapping[str, Path], context: Context) -> Figures:
@@ -97,6 +98,11 @@ def _held_out(config: EvaluateStage, inputs: Mapping[str, Path], context: Contex
     if all(row.prompt_ids for row in rows):  # sampled, and not a file's texts
         figures["length"] = measure([float(len(row.response_ids)) for row in rows])
         figures["cut"] = measure([float(row.finish_reason == "length") for row in rows])
+    human = all(prompt.real is not None for prompt, _ in current)
+    likelihoods: Figures = {}
+    if "model" in inputs and (config.kl or human):  # before the judge, as above
+        encoded = _encoded(config, inputs["model"], current)
+        likelihoods = _model_figures(config, inputs, encoded, measure, human=human)
     if config.use_judge:
         judge, chunk = make_judge(config.judge), config.judge.chunk
         for note in cache_notes(judge):
@@ -107,13 +113,9 @@ def _held_out(config: EvaluateStage, inputs: Mapping[str, Path], context: Contex
             figures |= _matches(judge, players, measure, chunk, context)
         if isinstance(judge, Metered):
             figures["judge_usage"] = judge.usage()
-    human = all(prompt.real is not None for prompt, _ in current)
     if human:
         figures["human_or_generated"] = _separability(current, context.seed)
-    if "model" in inputs and (config.kl or human):
-        current = _encoded(config, inputs["model"], current)
-        figures |= _model_figures(config, inputs, current, measure, human=human)
-    return figures
+    return figures | likelihoods
 
 
 def _encoded(config: EvaluateStage, model: Path, groups: Sequence[Group]) -> list[Group]:
@@ -185,7 +187,7 @@ def _model_figures(
     from sparring.alignment import tokens
     from sparring.alignment.logprobs import ScoredPolicy, response_logps
     from sparring.alignment.models import place_policy
-    from sparring.launch.collective import device
+    from sparring.launch.collective import device, free_memory
 
     tokenizer = tokens.load_tokenizer(inputs["model"])
     pad = tokens.eos_ids(tokenizer, inputs["model"])[0]
@@ -215,6 +217,7 @@ def _model_figures(
         figures["kl"] = measure(
             [g for g, (_, rows) in zip(gaps, current, strict=True) for _ in rows]
         )
+    free_memory()
     return figures
 
 

@@ -136,7 +136,7 @@ def place_policy(path: Path, dtype: str, devices: int) -> Any:
     """
     import torch
 
-    from sparring.launch.collective import device
+    from sparring.launch.collective import device, free_memory
 
     where = device()
     if devices == 1 or where.type == "cpu":
@@ -147,8 +147,17 @@ def place_policy(path: Path, dtype: str, devices: int) -> Any:
             f"devices = {devices} from number {where.index} on, but {socket.gethostname()} "
             f"shows {torch.cuda.device_count()} accelerators"
         )
+    free_memory()
     free = {n: torch.cuda.mem_get_info(n)[0] for n in mine}
-    return load_policy(path, dtype, device_map="auto", max_memory=free)
+    model = load_policy(path, dtype, device_map="auto", max_memory=free)
+    elsewhere = sorted({str(place) for place in model.hf_device_map.values()} & {"cpu", "disk"})
+    if elsewhere:  # each forward pass would read its layers from there
+        raise SparringError(
+            f"{path} does not fit on {devices} accelerators with "
+            f"{[f'{size / 2**30:.0f}' for size in free.values()]} GiB free: some layers would stay "
+            f"on the {elsewhere[0]}; raise model.devices"
+        )
+    return model
 
 
 def tied_names(model: Any) -> set[str]:

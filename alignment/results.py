@@ -234,15 +234,17 @@ def _samples(recipe: Recipe, run: Path, count: int = 6) -> Section | None:
     last = max((t for t, _ in evaluations(recipe, run)), default=0)
     if not last:
         return None
-    prompts = {p.prompt_id: p.text for p in read_rows(run / "prompts/heldout.parquet", Prompt)}
+    heldout = read_rows(run / "prompts/heldout.parquet", Prompt)
 
     def first(t: int) -> dict[str, str]:
         rows = read_rows(run / f"heldout{t}" / "generate" / "responses.parquet", Response)
         return {row.prompt_id: row.text for row in rows if row.k == 0}
 
     before, after = first(0), first(last)
-    step = max(1, len(prompts) // count)
-    rows = [[prompts[key], before[key], after[key]] for key in list(prompts)[::step][:count]]
+    # Prompts that were too long have no answers.
+    answered = [p for p in heldout if p.prompt_id in before and p.prompt_id in after]
+    step = max(1, len(answered) // count)
+    rows = [[p.text, before[p.prompt_id], after[p.prompt_id]] for p in answered[::step][:count]]
     return Section(
         "Before and after",
         note="Every so-many-th held-out prompt, its first sample; not chosen by hand.",

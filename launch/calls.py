@@ -55,7 +55,7 @@ def make(
     """
     step = Step(out.name, stage, settings, {}, seed)
     lock = out.with_name(f".{out.name}.lock")
-    tracks = out.parent / "tracking" / out.name
+    tracks = out.parent / runs.TRACKING / out.name
     with (
         artifacts.locked(lock, out),
         runs.sigterm_stops(),
@@ -63,8 +63,9 @@ def make(
     ):
         reporter.start(stage.name)
         trackers.begin(stage.name, out)
-        logs, on_event = out.parent / "logs", trackers.after(reporter.event)
-        artifact, fresh = stages.execute(step, inputs, out, launch, logs=logs, on_event=on_event)
+        artifact, fresh = stages.execute(
+            step, inputs, out, launch, logs=out.parent / "logs", on_event=reporter.event
+        )
         reporter.stop(runs.describe(artifact) if fresh else "kept, it was there already")
         trackers.end(artifact)
     return artifact, fresh

@@ -19,6 +19,17 @@ def device() -> Any:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
+def free_memory() -> None:
+    """Give back the accelerator's memory of models that are no longer used."""
+    import gc
+
+    import torch
+
+    gc.collect()  # hooks on a model's layers refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def process_group(world: World, backend: str = "gloo") -> Iterator[None]:
     """Join the ranks of a stage into torch's default group; one rank alone needs none.

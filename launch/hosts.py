@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparring.launch.errors import SparringError
-from sparring.launch.processes import free_port
+from sparring.launch.processes import DEVICES, free_port
 
 WORKER = "sparring.launch.worker"
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[1-9]\d*)")
@@ -137,7 +137,9 @@ def _srun(python: str, worker: list[str], hosts: Hosts) -> list[str]:
     ]
     at = launcher.index("--module")
     text = f"{shlex.join(launcher[:at])} --node_rank=$SLURM_NODEID {shlex.join(launcher[at:])}"
+    # Each node's own accelerators, as SLURM gives them.
+    keep = f'[ -z "${{CUDA_VISIBLE_DEVICES+x}}" ] || export {DEVICES}="$CUDA_VISIBLE_DEVICES"'
     nodes = str(len(hosts.ranks))
     # Ranks use all that the job has on a node: a task of its own would be bound to one core.
     spread = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
-    return ["srun", *spread, "--export=ALL", "sh", "-c", f"exec {text}"]
+    return ["srun", *spread, "--export=ALL", "sh", "-c", f"{keep}; exec {text}"]

@@ -25,7 +25,8 @@ from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.lease import RENEWED, Lease
 
 EVENT = "@sparring "
-_GRACE = 60.0  # seconds a stage has to save a checkpoint after SIGTERM
+DEVICES = "SPARRING_VISIBLE_DEVICES"
+_GRACE = 60.0  # seconds that other hosts' ranks have to end by themselves after one has failed
 _START = 300.0  # seconds the ranks of other hosts have to be there
 
 
@@ -74,6 +75,13 @@ def emit(**event: Any) -> None:
     sys.stdout.flush()
     # One write: ranks share the pipe, and the two of `print` (text, newline) get mixed up there.
     os.write(sys.stdout.fileno(), f"{EVENT}{json.dumps(event)}\n".encode())
+
+
+def restore_devices() -> None:
+    """Undo that DeepSpeed's launcher numbers a host's accelerators from 0, whichever are ours."""
+    visible = os.environ.pop(DEVICES, None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def leave(code: int) -> NoReturn:
@@ -151,6 +159,8 @@ class _Reader(threading.Thread):
         """What was written last."""
         self.error = ""
         """What a rank told that could not write it to the folder of errors."""
+        self.stopped = False
+        """Whether a rank was asked to stop, and did."""
         self._output, self._log, self._on_event = output, log, on_event
         self.start()
 
@@ -172,6 +182,8 @@ class _Reader(threading.Thread):
                     self.ranks += [told["pid"]] if told["here"] else []
                 elif "error" in told:
                     self.error = self.error or told["error"]
+                elif "stopped" in told:
+                    self.stopped = True
                 elif told:
                     self._on_event(told)
 
@@ -190,11 +202,13 @@ def run(
     errors: Path,
     environment: Mapping[str, str],
     on_event: Callable[[dict[str, Any]], None],
+    grace: float = 60.0,
     lease: Lease | None = None,
 ) -> None:
     """Run a stage's processes to the end; their output goes to `log`, their events to `on_event`.
 
-    Ranks on other hosts are told by `lease` what those here learn from signals.
+    Asked to stop, ranks have `grace` seconds to save. Those on other hosts are told by `lease` what
+    those here learn from signals.
 
     Raises:
         SparringError: a rank failed; the message is that of the rank that failed first.
@@ -220,7 +234,7 @@ def run(
         if lease:
             lease.renew("stop")
         _signal(signal.SIGTERM, *(reader.ranks or ([] if lease else [-process.pid])))
-        reader.join(_GRACE)
+        reader.join(grace)
         raise Stopped("stopped; run the same command again to go on") from None
     finally:
         if lease:
@@ -228,7 +242,7 @@ def run(
         _signal(signal.SIGKILL, -process.pid)
         process.wait()
         reader.join(timeout=5)
-    if code == Stopped.exit_code:
+    if code == Stopped.exit_code or (code == 0 and reader.stopped):
         raise Stopped("stopped; run the same command again to go on")
     if code:
         missing = lease.missing(reader.up) if lease else []

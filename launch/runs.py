@@ -7,7 +7,7 @@ import json
 import signal
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from sparring.launch.stages import LaunchConfig, Stage, Step
 from sparring.launch.tracking import Tracking, tracking
 
 RUN_FILE = "run.json"
+TRACKING = "tracking"
 
 
 class Pipeline(Protocol):
@@ -174,7 +175,9 @@ def execute(
     stages.all_hosts(launch)  # a wrong one before any work
     with artifacts.locked(folder / ".lock", folder), sigterm_stops():
         _claim(folder, recipe, changed=changed)
-        with _tracking(recipe, folder, launch.track, reporter) as trackers:
+        with tracking(
+            launch.track, folder.name, plain(recipe), folder / TRACKING, reporter.note
+        ) as trackers:
             computed, kept = _make_steps(pipeline.steps(recipe), folder, launch, reporter, trackers)
         report = pipeline.report(recipe, folder)
     return {
@@ -196,7 +199,6 @@ def _make_steps(
     """Returns how many steps were computed, and how many kept."""
     computed = 0
     made: dict[str, Path] = {}
-    on_event = trackers.after(reporter.event)
     for number, step in enumerate(steps, 1):
         inputs = _resolve(step, made)
         assert inputs is not None, f"{step.name} comes before its inputs"
@@ -205,7 +207,7 @@ def _make_steps(
         trackers.begin(step.name, output)
         try:
             artifact, fresh = stages.execute(
-                step, inputs, output, launch, logs=folder / "logs", on_event=on_event
+                step, inputs, output, launch, logs=folder / "logs", on_event=reporter.event
             )
         except BaseException as error:
             asked = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -218,12 +220,6 @@ def _make_steps(
     return computed, len(steps) - computed
 
 
-def _tracking(
-    recipe: Any, folder: Path, names: Sequence[str], reporter: Reporter
-) -> AbstractContextManager[Tracking]:
-    return tracking(names, folder.name, plain(recipe), folder / "tracking", reporter.note)
-
-
 def track(
     pipeline: Pipeline, recipe: Any, folder: Path, names: Sequence[str], reporter: Reporter
 ) -> None:
@@ -233,7 +229,9 @@ def track(
         SparringError: a tracker is unknown, not installed or does not start, or the run is being
             tracked just now.
     """
-    with _tracking(recipe, folder, names, reporter) as trackers:
+    with tracking(
+        names, folder.name, plain(recipe), folder / TRACKING, reporter.note, patience=None
+    ) as trackers:
         for step in pipeline.steps(recipe):
             output = folder / step.name
             if output.exists():

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from sparring.launch.ema import EMA
 from sparring.launch.processes import World, free_port
 from sparring.launch.training import TrainingConfig
 from sparring.optimizers.deepspeed import register_deepspeed, take_moments
+
+# While rank 0 merges and writes the weights of a large model the others wait for it; NCCL's own
+# limit is ten minutes. A rank that dies is noticed by its launcher, not by this.
+_PATIENCE = timedelta(hours=2)
 
 
 def zero_stage(config: TrainingConfig, world: World) -> int | None:
@@ -43,6 +48,7 @@ class Sharding:
         self.stage = zero_stage(config, world)
         self.world, self.micro_batches = world, micro_batches
         options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
+        group: dict[str, Any] = {"timeout": _PATIENCE}
         if self.stage is None:
             options["cpu"] = on_cpu
         else:
@@ -50,7 +56,8 @@ class Sharding:
             if on_cpu:
                 # accelerate takes cpu=True for "no DeepSpeed", and without an accelerator and a
                 # backend's name it counts one process, however many there are (1.15).
-                options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+                group["backend"] = "gloo"
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(**group)]
         self._half = config.precision == "bfloat16"
         if self._half and self.stage is None:
             options["mixed_precision"] = "bf16"
@@ -157,6 +164,7 @@ class Sharding:
     def save(self, work: Path, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps, then drop the one before."""
         folder = work / f"checkpoint-{step:07d}"
+        self._clear(folder)
         self.accelerator.save_state(str(folder), safe_serialization=True)
         if self._ema:
             save_file(self._ema.state_dict(), self._ema_file(folder))
@@ -181,6 +189,12 @@ class Sharding:
                     self._ema.load_state_dict(load_file(self._ema_file(folder)))
                 return int(facts["step"])
         return 0
+
+    def _clear(self, folder: Path) -> None:
+        """Remove what a run that was cut short left there: of more ranks, it has files too many."""
+        if self.world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _ema_file(self, folder: Path) -> Path:
         return folder / f"ema-{self.world.rank:05d}.safetensors"
@@ -208,6 +222,7 @@ class Sharding:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         folder = work / "final"
+        self._clear(folder)
         self._model.save_checkpoint(str(folder))  # type: ignore[operator]
         self.accelerator.wait_for_everyone()
         if self.world.rank != 0:

@@ -62,19 +62,24 @@ def make(
     """
     pieces = chunks(items, size)
     mine = range(context.world.rank, len(pieces), context.world.size)
-    total, done = len(items), 0
-    for number in mine:
+    missing = [number for number in mine if not _path(context.work, number).exists()]
+    done = sum(len(pieces[number]) for number in set(mine) - set(missing))
+
+    def report() -> None:
+        context.emit(done=done, total=len(items), unit=unit, rank=context.world.rank)
+
+    report()
+    for number in missing:
+        if context.stopped():
+            raise Stopped("stopped; run the same command again to go on")
         path = _path(context.work, number)
-        if not path.exists():
-            if context.stopped():
-                raise Stopped("stopped; run the same command again to go on")
-            temporary = path.with_suffix(".tmp")
-            write_rows(temporary, row_type, function(pieces[number]))
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        temporary = path.with_suffix(".tmp")
+        write_rows(temporary, row_type, function(pieces[number]))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
         done += len(pieces[number])
-        context.emit(done=done, total=total, unit=unit, rank=context.world.rank)
+        report()
 
 
 def merge(count: int, row_type: type[Row], work: Path) -> list[Row]:

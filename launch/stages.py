@@ -53,6 +53,9 @@ class LaunchConfig:
     inline: tuple[str, ...] = ()
     """Stages to run inside the driver's process on one rank, which saves small models' start-up.
     Other heavy stages have processes of their own, which free all their memory."""
+    grace: float = 60.0
+    """Seconds that ranks have to finish a shard or write a checkpoint when they are asked to stop;
+    then they are killed. A large model's checkpoint on a slow file system needs more."""
     python: dict[str, str] = field(default_factory=dict)
     """Interpreter for a stage by its name, when it needs packages that this one has not."""
     track: tuple[str, ...] = ()
@@ -61,6 +64,8 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"launch.processes must be at least 1, not {self.processes}")
+        if not self.grace > 0:
+            raise ValueError(f"launch.grace must be positive seconds, not {self.grace}")
         if self.hostfile and self.slurm:
             raise ValueError("launch.hostfile and launch.slurm exclude each other; give one")
 
@@ -343,6 +348,12 @@ def _run_inline(
     return run_job(job, replace(_local_context(step, output, on_event), stopped=stopped))
 
 
+def _devices(place: Hosts) -> dict[str, str]:
+    """What keeps this host's choice of accelerators from the launcher, which makes its own."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {} if visible is None or place.reach != "here" else {processes.DEVICES: visible}
+
+
 def _run_ranks(
     step: Step,
     inputs: Mapping[str, Path],
@@ -362,8 +373,9 @@ def _run_ranks(
         hosts.command(processes.python_of(launch.python, step.stage.name), path.absolute(), place),
         log=logs / f"{step.name.replace('/', '-')}.log",
         errors=errors,
-        environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+        environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **_devices(place)},
         on_event=on_event,
+        grace=launch.grace,
         lease=None
         if place.reach == "here"
         else Lease(path.with_name(LEASE), driver, place.names()),

@@ -33,6 +33,9 @@ class Tracker(Protocol):
 
     def log(self, group: str, step: int, values: Mapping[str, float]) -> None: ...
 
+    def flush(self) -> None:
+        """What was logged is to survive the end of this process."""
+
     def close(self) -> None: ...
 
 
@@ -47,6 +50,9 @@ class TensorBoard:
     def log(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -76,6 +82,9 @@ class Wandb:
             self._groups.add(group)
         self._run.log(_flat(group, step, values))
 
+    def flush(self) -> None:
+        """Its own process has it."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -99,6 +108,9 @@ class Trackio:
 
     def log(self, group: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log(_flat(group, step, values))
+
+    def flush(self) -> None:
+        """It writes every half second."""
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):

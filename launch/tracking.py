@@ -7,73 +7,98 @@ sent later, or to one more tracker, and a tracker that fails costs no result.
 from __future__ import annotations
 
 import json
+import queue
 import re
-import time
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparring.launch import artifacts
 from sparring.launch.artifacts import Artifact
-from sparring.launch.errors import Stopped
 from sparring.launch.metrics import read_metrics
 from sparring.launch.trackers import Run, Tracker, start
 
-Event = dict[str, Any]
 _SENT_FILE = "sent.json"
 _EVERY = 5.0  # seconds between two looks at a file that grows
+_PATIENCE = 60.0  # seconds that the end of a run waits for trackers
+_LATER = "`sparring track` sends the rest"
 _ROUND = re.compile(r"(iter|heldout)(\d+)/(.+)")
 
 
 class Tracking:
-    """The trackers of a run, and what they have already."""
+    """Sends what a run writes, in a thread of its own: a tracker that hangs holds up no work."""
 
     def __init__(
         self,
+        trackers: Mapping[str, Tracker],
         sent: dict[str, Any],
         file: Path,
         note: Callable[[str], None],
     ) -> None:
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers = dict(trackers)
         self._sent, self._file, self._note = sent, file, note
         self._lengths: Counter[str] = Counter()  # rows of a group's steps that have ended
         self._current: tuple[str, Path] | None = None
-        self._looked = 0.0
-
-    def add(self, name: str, tracker: Tracker) -> None:
-        self._trackers[name] = tracker
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        if trackers:
+            self._thread.start()
 
     def begin(self, step: str, output: Path) -> None:
-        """From now on `update` looks at this step."""
-        self._current, self._looked = (step, output), time.monotonic()
-
-    def update(self) -> None:
-        """Send new rows, if it is time to look for some."""
-        now = time.monotonic()
-        if self._trackers and self._current and now - self._looked > _EVERY:
-            self._looked = now
-            self._send_rows(*self._current)
-            artifacts.write_json(self._file, self._sent)
-
-    def after(self, handler: Callable[[Event], None]) -> Callable[[Event], None]:
-        """A handler of a stage's events that looks for new rows after another one."""
-
-        def both(event: Event) -> None:
-            handler(event)
-            self.update()
-
-        return both
+        """From now on this step's rows are sent as they are written."""
+        self._calls.put(partial(self._begin, step, output))
 
     def end(self, artifact: Artifact | None) -> None:
-        """Send what is new of the step, and the figures of what came of it."""
-        if not self._trackers:
+        """Send the rest of the step's rows, and the figures of what came of it."""
+        self._calls.put(partial(self._end, artifact))
+
+    def close(self, patience: float | None) -> None:
+        """Send the rest and close the trackers, in so many seconds at most."""
+        if not self._thread.ident:
             return
+        self._calls.put(None)
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._note(
+                f"{', '.join(list(self._trackers))} did not take all in {patience:g} s; {_LATER}"
+            )
+
+    # What follows runs in the thread.
+
+    def _work(self) -> None:
+        try:
+            while True:
+                try:
+                    call = self._calls.get(timeout=_EVERY)
+                except queue.Empty:
+                    call = self._look
+                if call is None:
+                    break
+                call()
+                self._remember()
+            self._look()
+            self._remember()
+        except Exception as error:  # of files; those of trackers are caught one by one
+            self._note(f"metrics are no longer sent, {type(error).__name__}: {error}; {_LATER}")
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.close)
+
+    def _begin(self, step: str, output: Path) -> None:
+        self._current = step, output
+
+    def _look(self) -> None:
+        if self._current:
+            self._send_rows(*self._current)
+
+    def _end(self, artifact: Artifact | None) -> None:
         assert self._current, "no step has begun"
         step, output = self._current
+        self._current = None
         group, number = placed(step)
         self._lengths[group] += self._send_rows(step, output)
         figures = numbers(artifact.figures) if artifact else {}
@@ -81,14 +106,12 @@ class Tracking:
             entry = self._entry(name, step, output)
             if figures and not entry["figures"]:
                 entry["figures"] = bool(self._log(name, f"summary/{group}", [(number, figures)]))
-        artifacts.write_json(self._file, self._sent)
 
-    def close(self) -> None:
-        """Close the trackers and keep what was sent."""
+    def _remember(self) -> None:
+        """Keep what was sent, once the trackers have it on disk."""
         for name, tracker in list(self._trackers.items()):
-            self._guarded(name, tracker.close)
-        if self._sent["steps"]:  # else nothing was to be sent
-            artifacts.write_json(self._file, self._sent)
+            self._guarded(name, tracker.flush)
+        artifacts.write_json(self._file, self._sent)
 
     def _send_rows(self, step: str, output: Path) -> int:
         """Send the rows that a tracker has not; returns how many there are."""
@@ -123,13 +146,10 @@ class Tracking:
         """Whether a tracker took it. One that fails is left out: it must not end hours of work."""
         try:
             call()
-        except Stopped:  # SIGTERM came meanwhile
-            raise
         except Exception as error:
             del self._trackers[name]
             self._note(
-                f"{name} gets nothing more of this run, {type(error).__name__}: {error}; "
-                f"`sparring track` sends the rest"
+                f"{name} gets nothing more of this run, {type(error).__name__}: {error}; {_LATER}"
             )
             return False
         return True
@@ -142,6 +162,8 @@ def tracking(
     recipe: Mapping[str, Any],
     folder: Path,
     note: Callable[[str], None],
+    *,
+    patience: float | None = _PATIENCE,
 ) -> Iterator[Tracking]:
     """The named trackers of a run.
 
@@ -150,14 +172,15 @@ def tracking(
         run: its name.
         recipe: its settings.
         folder: for what was sent and the trackers' own files; only made if something is tracked.
-        note: told of trackers that fail.
+        note: told of trackers that fail, in another thread.
+        patience: seconds to wait for them at the end; None: as long as they take.
 
     Raises:
         SparringError: a tracker is unknown, not installed or does not start, or another process
             sends what is in this folder.
     """
     if not names:
-        yield Tracking({"steps": {}}, folder / _SENT_FILE, note)
+        yield Tracking({}, {"steps": {}}, folder / _SENT_FILE, note)
         return
     with artifacts.locked(folder / ".lock", folder):
         file = folder / _SENT_FILE
@@ -167,13 +190,17 @@ def tracking(
         else:
             artifacts.write_json(file, sent)
         told = Run(run, sent["id"], folder, recipe)
-        found = Tracking(sent, file, note)
-        try:
+        with ExitStack() as undo:
+            opened: dict[str, Tracker] = {}
             for name in names:
-                found.add(name, start(name, told))
+                opened[name] = start(name, told)
+                undo.callback(opened[name].close)
+            undo.pop_all()
+        found = Tracking(opened, sent, file, note)
+        try:
             yield found
         finally:
-            found.close()
+            found.close(patience)
 
 
 def placed(step: str) -> tuple[str, int]:

@@ -1,9 +1,15 @@
-"""One rank of a stage: ``python -m sparring.launch.worker JOB.json``."""
+"""One rank of a stage: ``python -m sparring.launch.worker JOB.json``.
+
+Where there are several, the process that the launcher started waits for one of its own that does
+the work: a rank that is killed (by the kernel when memory runs out, by NCCL's watchdog) leaves no
+message itself, and the ranks of other hosts would wait for it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -11,16 +17,43 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparring.launch import artifacts, lease, processes
-from sparring.launch.errors import SparringError
+from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.processes import World
 from sparring.launch.stages import LEASE, Context, run_job
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job file; keep the exception where the driver finds it when it fails."""
+    """Run the job file on this rank; returns the exit code."""
     # DeepSpeed's launcher puts --local_rank=N before or after a module's own arguments.
     path = Path(next(a for a in arguments if not a.startswith("--")))
-    world, work = World.from_environment(), path.parent
+    world = World.from_environment()
+    processes.restore_devices()
+    return work(path, world) if world.size == 1 else watched(path, world)
+
+
+def watched(path: Path, world: World) -> int:
+    """Do the work in a process of its own, and keep a record if it is killed."""
+    sys.stdout.flush()
+    worker = os.fork()
+    if worker == 0:
+        processes.leave(work(path, world))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # meant for the work, which is told itself
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
+        death = SparringError(
+            f"rank {world.rank} on {socket.gethostname()} was killed by {name}{hint}"
+        )
+        processes.record_error(path.parent / "errors", world.rank, death)
+        return 1
+    return code
+
+
+def work(path: Path, world: World) -> int:
+    """Run the job file; keep the exception where the driver finds it when it fails."""
+    folder = path.parent
     try:
         job = json.loads(path.read_text())
     except FileNotFoundError:
@@ -33,22 +66,27 @@ def main(arguments: list[str]) -> int:
     here = processes.watch_driver(driver["pid"], driver["host"])
     processes.emit(pid=os.getpid(), rank=world.rank, here=here)
     if not here:
-        lease.follow(work / LEASE, driver["name"])
-    lock = FileLock(work.parent / f".rank{world.rank}.lock")
+        lease.follow(folder / LEASE, driver["name"])
+    lock = FileLock(folder.parent / f".rank{world.rank}.lock")
     try:
         try:
             lock.acquire(timeout=15)
         except Timeout:
             raise SparringError(
-                f"another process is still writing {work.parent}; wait for it or stop it"
+                f"another process is still writing {folder.parent}; wait for it or stop it"
             ) from None
         with processes.stop_flag() as stopped:
-            context = Context(world=world, work=work, seed=job["seed"], stopped=stopped)
+            context = Context(world=world, work=folder, seed=job["seed"], stopped=stopped)
             figures = run_job(job, context)
         if world.rank == 0:
-            artifacts.write_json(work / "result.json", figures)
+            artifacts.write_json(folder / "result.json", figures)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        processes.emit(stopped=world.rank)
+        # By any other code DeepSpeed's launcher would take the ranks that still save for lost.
+        return error.exit_code if world.size == 1 else 0
     except Exception as error:
-        processes.record_error(work / "errors", world.rank, error)
+        processes.record_error(folder / "errors", world.rank, error)
         if not isinstance(error, SparringError):
             raise
         print(error, file=sys.stderr)

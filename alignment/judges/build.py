@@ -146,12 +146,13 @@ def build_ensemble(members: Sequence[JudgeMember]) -> Judge:
     """
     from sparring.alignment.judges.ensemble import Ensemble, Member
 
-    return Ensemble(
-        [
-            Member(m.label or m.name, build_judge(m.name, m.path or None, **m.options), m.weight)
-            for m in members
-        ]
-    )
+    # vLLM chooses its accelerator first: not once another judge has put torch on one.
+    order = sorted(range(len(members)), key=lambda n: members[n].name != "llm")
+    built = {
+        n: build_judge(members[n].name, members[n].path or None, **members[n].options)
+        for n in order
+    }
+    return Ensemble([Member(m.label or m.name, built[n], m.weight) for n, m in enumerate(members)])
 
 
 def open_cache(judge: Judge, folder: str) -> list[PairwiseJudge]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparring.alignment.config import JudgeConfig, JudgeMember
-from sparring.alignment.judges.build import build_judge
+from sparring.alignment.judges import build as build_module
+from sparring.alignment.judges.build import build_ensemble, build_judge
 from sparring.alignment.judges.ensemble import SMALLEST, Ensemble, Member
 from sparring.alignment.judges.protocol import checked_matrix
 from sparring.alignment.judging import make_judge
@@ -145,3 +146,18 @@ def test_an_ensemble_without_members_is_refused():
     with pytest.raises(UsageError, match="must be positive"):
         Ensemble([Member("a", Fixed([]), 0.0)])
     assert JudgeMember(name="llm").weight == 1
+
+
+def test_a_local_model_is_loaded_before_the_others(monkeypatch):
+    """vLLM chooses its accelerator by the environment, which torch reads once."""
+    built = []
+
+    def record(name, path=None, **options):
+        built.append(name)
+        return Fixed([])
+
+    monkeypatch.setattr(build_module, "build_judge", record)
+    members = [JudgeMember(name=name) for name in ("pairrm", "verifier", "llm")]
+    judge = build_ensemble(members)
+    assert built == ["llm", "pairrm", "verifier"]
+    assert [member.label for member in judge.members] == ["pairrm", "verifier", "llm"]

@@ -141,6 +141,16 @@ def test_mismatches_name_the_tensors() -> None:
         extrapolate({"w": torch.zeros(1)}, {"w": torch.zeros(1, dtype=torch.int64)}, 0.0)
 
 
+def test_what_no_model_loads_may_be_missing_in_a_trained_policy() -> None:
+    new = weights(1)
+    stored = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "lm_head.weight": torch.ones(2, 2),
+    }
+    found = extrapolate(new, {**weights(2), **stored}, 0.3)
+    assert found.keys() == new.keys()
+
+
 @pytest.mark.parametrize("alpha", [math.nan, math.inf])
 def test_refuses_an_infinite_alpha(alpha: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="alpha must be finite"):

@@ -131,7 +131,7 @@ def test_srun_starts_a_launcher_on_each_node() -> None:
     assert command[:5] == ["srun", "--nodes", "2", "--ntasks", "2"]
     shell, text = command[-2:]
     assert shell == "-c"
-    assert text.startswith("exec '/a b/python' -u -m deepspeed.launcher.launch ")
+    assert "; exec '/a b/python' -u -m deepspeed.launcher.launch " in text
     assert "--node_rank=$SLURM_NODEID --module sparring.launch.worker /shared/job.json" in text
     assert "--master_addr=node2 " in text
     world = text.partition("--world_info=")[2].split()[0].strip("'")
@@ -147,6 +147,7 @@ def test_a_stage_over_two_nodes(
 
     programs(srun=SRUN, scontrol="#!/bin/sh\necho node1\necho node2\n")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")  # the launcher would make it 0,1
     artifact, _ = stages.execute(
         Step("one", ADD, Add(mode="world"), {}),
         {},
@@ -157,6 +158,7 @@ def test_a_stage_over_two_nodes(
     )
     worlds = sorted((artifact.path / "worlds").glob("*"))
     assert [path.read_text() for path in worlds] == ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
+    assert [path.read_text() for path in (artifact.path / "devices").glob("*")] == ["4,6"] * 4
     assert artifact.manifest["processes"] == 4
 
 

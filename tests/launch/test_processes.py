@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -160,7 +162,7 @@ except (Stopped, KeyboardInterrupt) as error:
 def start_driver(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A driver whose stage waits; returns it with the pid of the stage."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder)])
-    path = folder / "one" / "work" / "pid"
+    path = folder / "one" / "work" / "pid0"
     until(lambda: path.exists() and path.read_text() != "")
     return driver, int(path.read_text())
 
@@ -170,7 +172,7 @@ def test_stopping_the_driver_lets_the_stage_save(tmp_path: Path, number: signal.
     driver, stage = start_driver(tmp_path)
     driver.send_signal(number)
     assert driver.wait(20) == Stopped.exit_code
-    assert (tmp_path / "one" / "work" / "saved").read_text() == "yes"
+    assert (tmp_path / "one" / "work" / "saved0").read_text() == "yes"
     assert not alive(stage)
 
 
@@ -216,6 +218,42 @@ def test_all_ranks_have_time_to_save(tmp_path: Path) -> None:
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
 
 
+@pytest.mark.dist
+def test_a_rank_that_stops_leaves_time_to_the_others(tmp_path: Path) -> None:
+    """DeepSpeed's launcher takes a rank that ends by any code but 0 for failed, and ends all."""
+    work = tmp_path / "one" / "work"
+
+    def interrupt() -> None:
+        until(lambda: all((work / f"pid{rank}").exists() for rank in (0, 1)), 120)
+        for rank in (0, 1):  # as SLURM does; the driver learns of it from them
+            os.kill(int((work / f"pid{rank}").read_text()), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Stopped):
+        execute(tmp_path, "wait", processes=2)
+    assert all((work / f"saved{rank}").exists() for rank in (0, 1))
+    log = (tmp_path / "logs" / "one.log").read_text()
+    assert "exits successfully" in log
+    assert "Killing subprocess" not in log
+
+
+@pytest.mark.dist
+def test_a_rank_that_is_killed_leaves_a_message(tmp_path: Path) -> None:
+    with pytest.raises(SparringError) as caught:
+        execute(tmp_path, "kill", processes=2)
+    said = rf"rank [01] on {socket.gethostname()} was killed by SIGKILL; the host may have run out"
+    assert re.match(said, str(caught.value))
+
+
+@pytest.mark.dist
+def test_ranks_see_the_accelerators_that_the_driver_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")  # the launcher would make it 0,1
+    artifact, _, _ = execute(tmp_path, "world", processes=2)
+    assert [path.read_text() for path in (artifact.path / "devices").glob("*")] == ["4,6"] * 2
+
+
 def test_events_of_two_writers_do_not_mix(tmp_path: Path) -> None:
     code = """
 import os, sys
@@ -259,7 +297,7 @@ def test_no_orphan_outlives_a_killed_driver(tmp_path: Path) -> None:
     driver.kill()
     driver.wait()
     until(lambda: not alive(stage), 5)
-    assert not (tmp_path / "one" / "work" / "saved").exists()
+    assert not (tmp_path / "one" / "work" / "saved0").exists()
 
 
 def test_leaving_writes_all_out_and_skips_the_end_of_the_interpreter() -> None:

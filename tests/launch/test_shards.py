@@ -118,3 +118,12 @@ def test_progress_counts_the_rows_of_all_ranks(tmp_path: Path) -> None:
         assert {event["total"] for event in events} == {len(ITEMS)}
         last.append(events[-1]["done"])
     assert last == [6, 5]
+
+
+def test_what_is_kept_is_reported_at_once(tmp_path: Path) -> None:
+    """It took no time, so an estimate of what is left must see it as the start."""
+    run(tmp_path)
+    (tmp_path / "shard-00002.parquet").unlink()
+    events: list[dict[str, object]] = []
+    assert run(tmp_path, events=events) == [6, 7, 8]
+    assert [event["done"] for event in events] == [8, 11]

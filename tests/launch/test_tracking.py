@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from sparring.launch import artifacts, cli, runs, tracking
 from sparring.launch.calls import run_stage
-from sparring.launch.errors import SparringError, Stopped
+from sparring.launch.errors import SparringError
 from sparring.launch.metrics import MetricsFile
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig
@@ -42,7 +41,12 @@ class Maker:
 
     def open(self) -> Any:
         return tracking.tracking(
-            self.names, "run", {"name": "run"}, self.folder / "tracking", self.notes.append
+            self.names,
+            "run",
+            {"name": "run"},
+            self.folder / "tracking",
+            self.notes.append,
+            patience=tracking._PATIENCE,
         )
 
     def rows(self, step: str, losses: list[float], *, key: str = "k", start: int = 0) -> Path:
@@ -94,51 +98,60 @@ def test_seeds_are_curves_of_their_own(maker: Maker, recorder: Any) -> None:
     assert curve(recorder.logged, "sgd/seed1") == [(0, 4.0)]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.time() + 20
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.01)
+
+
 def test_rows_come_while_the_step_goes_on(
     maker: Maker, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_EVERY", -1.0)
-    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(tracking, "_EVERY", 0.01)
     with maker.open() as trackers:
-        listen = trackers.after(events.append)
         trackers.begin("iter0/train", maker.folder / "iter0/train")
-        listen({"done": 0})
         maker.rows("iter0/train", [3.0, 2.0])
-        listen({"done": 2})
-        assert curve(recorder.logged, "train") == [(0, 3.0), (1, 2.0)]
-        listen({"done": 2})
+        until(lambda: curve(recorder.logged, "train") == [(0, 3.0), (1, 2.0)])
         maker.rows("iter0/train", [1.0], start=2)
-        listen({"done": 3})
+        until(lambda: len(recorder.logged) == 3)
     assert curve(recorder.logged, "train") == [(0, 3.0), (1, 2.0), (2, 1.0)]
-    assert len(events) == 4
 
 
-def test_a_file_is_not_read_at_every_event(maker: Maker, recorder: Any) -> None:
+def test_a_tracker_that_hangs_holds_up_no_run(
+    maker: Maker, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.1)
+    maker.names = ("trackers_of_tests:Hanging",)
     with maker.open() as trackers:
-        trackers.begin("iter0/train", maker.rows("iter0/train", [3.0]))
-        trackers.update()
-        assert recorder.logged == []
+        maker.made(trackers, "iter0/train", [3.0, 2.0])
+        maker.made(trackers, "iter1/train", [1.0])
+    (note,) = maker.notes
+    assert "Hanging did not take all in 0.1 s; `sparring track` sends the rest" in note
+    assert curve(recorder.logged, "train") == [(0, 3.0)]
+
+
+def test_files_that_cannot_be_read_end_no_run(maker: Maker, recorder: Any) -> None:
+    with maker.open() as trackers:
+        output = maker.rows("iter0/train", [3.0])
+        (output / "work/metrics.jsonl").write_text("no json\n" * 3)
+        trackers.begin("iter0/train", output)
+        trackers.end(None)
+    (note,) = maker.notes
+    assert note.startswith("metrics are no longer sent, SparringError: ")
 
 
 @pytest.mark.parametrize("resumed_from", [0, 1, 2])
-def test_a_resumed_step_sends_what_is_new(
-    maker: Maker,
-    recorder: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    resumed_from: int,
-) -> None:
+def test_a_resumed_step_sends_what_is_new(maker: Maker, recorder: Any, resumed_from: int) -> None:
     """From a checkpoint that may be older than what was sent."""
-    monkeypatch.setattr(tracking, "_EVERY", -1.0)
     with maker.open() as trackers:
         maker.made(trackers, "iter0/train", [9.0])
         trackers.begin("iter1/train", maker.rows("iter1/train", [3.0, 2.0]))
-        trackers.update()
     with maker.open() as trackers:
         trackers.begin("iter0/train", maker.folder / "iter0/train")
         trackers.end(artifacts.read(maker.folder / "iter0/train"))
         losses = [3.0, 2.0, 1.0][resumed_from:]
         trackers.begin("iter1/train", maker.rows("iter1/train", losses, start=resumed_from))
-        trackers.update()
     assert curve(recorder.logged, "train") == [(0, 9.0), (1, 3.0), (2, 2.0), (3, 1.0)]
     first, second = recorder.runs
     assert first.id == second.id
@@ -168,18 +181,6 @@ def test_a_tracker_that_fails_costs_nothing(maker: Maker, recorder: Any, breaks_
             trackers.end(artifacts.read(maker.folder / step))
     assert curve(recorder.logged, "train") == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert curve(recorder.logged, "summary/train") == [(0, 2.0), (1, 1.0)]
-
-
-def test_a_stop_that_comes_while_a_tracker_is_at_work(
-    maker: Maker, recorder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def log(*row: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(recorder, "log", log)
-    with runs.sigterm_stops(), pytest.raises(Stopped), maker.open() as trackers:
-        maker.made(trackers, "iter0/train", [3.0])
-    assert maker.notes == []
 
 
 def test_two_processes_do_not_send_at_once(maker: Maker) -> None:

@@ -41,16 +41,20 @@ def add(config: Add, inputs: Mapping[str, Path], output: Path, context: Context)
     if config.mode == "deaf":  # asked to stop, and goes on to its end
         os.kill(os.getpid(), signal.SIGTERM)
     if config.mode == "wait":
-        (context.work / "pid").write_text(str(os.getpid()))
+        (context.work / f"pid{context.world.rank}").write_text(str(os.getpid()))
         while not context.stopped():
             time.sleep(0.01)
-        (context.work / "saved").write_text("yes")
+        time.sleep(context.world.rank)  # a rank takes longer than another
+        (context.work / f"saved{context.world.rank}").write_text("yes")
         raise Stopped("stopped; run the same command again to go on")
     if config.mode == "world":
         world, folder = context.world, output / "worlds"
         folder.mkdir(exist_ok=True)
         text = f"{world.rank} {world.size} {world.local_rank} {world.local_size}"
         (folder / str(world.rank)).write_text(text)
+        devices = output / "devices"
+        devices.mkdir(exist_ok=True)
+        (devices / str(world.rank)).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
     total = config.value + sum(int((path / "n.txt").read_text()) for path in inputs.values())
     (output / "n.txt").write_text(str(total))
     context.emit(done=1, total=1, unit="numbers")
