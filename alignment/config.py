@@ -25,7 +25,8 @@ class ModelConfig:
     revision: str = "main"
     """Branch, tag or commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of generation and log-probabilities. Weights are always stored as float32."""
+    """Number type of generation. Weights are always stored as float32, and log-probabilities are
+    the trainer's: of those, in train.precision."""
     devices: int = 1
     """Accelerators that one copy of the policy is spread over where it is only read (`generate`,
     `parity`, `reference`, `evaluate`), when it does not fit on one. `train` shards it by ZeRO."""

@@ -69,7 +69,7 @@ def run(
             inputs["model"],
             config.lm_eval,
             own_tasks=inputs.get("lm_eval_path"),
-            dtype=config.dtype,
+            dtype=config.precision,
             batch=config.batch,
             device=str(device()),
             devices=config.devices,
@@ -185,15 +185,14 @@ def _model_figures(
 ) -> Figures:
     """KL to the base model, and the log-likelihood of the human responses, from forward passes."""
     from sparring.alignment import tokens
-    from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import place_policy
+    from sparring.alignment.logprobs import response_logps, scored_policy
     from sparring.launch.collective import device, free_memory
 
     tokenizer = tokens.load_tokenizer(inputs["model"])
     pad = tokens.eos_ids(tokenizer, inputs["model"])[0]
 
     def score(model: Path, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        policy = ScoredPolicy(place_policy(model, config.dtype, config.devices))
+        policy = scored_policy(model, config)
         return response_logps(policy, texts, pad=pad, batch=config.batch, device=device())
 
     figures: Figures = {}

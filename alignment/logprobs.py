@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from sparring.alignment.models import place_policy
+from sparring.alignment.stages import Scoring
 from sparring.launch.errors import SparringError
 
 
@@ -52,12 +56,17 @@ class ScoredPolicy(nn.Module):
     """A causal language model whose forward pass gives log-probabilities of responses.
 
     Wrapping makes the whole computation one forward call, which is what DeepSpeed and FSDP hook.
+
+    Args:
+        precision: "bfloat16" for forward passes as under a trainer's autocast. Where a trainer
+            drives this, that is its own affair.
     """
 
-    def __init__(self, model: Any, *, logits_chunk: int = 1024) -> None:
+    def __init__(self, model: Any, *, logits_chunk: int = 1024, precision: str = "float32") -> None:
         super().__init__()
         self.model = model
         self.logits_chunk = logits_chunk
+        self.precision = precision
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor, response_BT: Tensor) -> Tensor:
         """Sum of log π(token | before) over each row's response tokens.
@@ -105,8 +114,14 @@ class ScoredPolicy(nn.Module):
 
     def hidden(self, ids_BT: Tensor, **inputs: Tensor) -> Tensor:
         """Last hidden states, (B, T, H), on the device of the ids even where layers have others."""
-        found = self.model.base_model(input_ids=ids_BT, use_cache=False, **inputs)
+        with self._numbers(ids_BT):
+            found = self.model.base_model(input_ids=ids_BT, use_cache=False, **inputs)
         return found.last_hidden_state.to(ids_BT.device)  # type: ignore[no-any-return]
+
+    def _numbers(self, where: Tensor) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(where.device.type, getattr(torch, self.precision))
 
     @property
     def _head(self) -> nn.Module:
@@ -114,7 +129,8 @@ class ScoredPolicy(nn.Module):
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """What the whole model makes of last hidden states, (N, H) -> (N, V) float32."""
-        logits: Tensor = self._head(hidden_NH).to(hidden_NH.device).float()
+        with self._numbers(hidden_NH):
+            logits: Tensor = self._head(hidden_NH).to(hidden_NH.device).float()
         config = self.model.config.get_text_config()
         # Between the head and the logits some families scale (Cohere; Granite divides) or cap
         # (Gemma 2 and later).
@@ -134,10 +150,11 @@ class ScoredPolicy(nn.Module):
         """
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
         ours = self.logits(self.hidden(ids_1T)[0])
-        theirs = self.model(input_ids=ids_1T).logits[0].to(ours)
+        with self._numbers(ids_1T):
+            theirs = self.model(input_ids=ids_1T).logits[0].to(ours)
         difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
         # Half precision rounds a cap's or a scale's result, which stays in float32 here.
-        if not difference <= (0.01 if self.model.dtype == torch.float32 else 0.5):
+        if not difference <= (0.01 if self.precision == "float32" else 0.5):
             raise SparringError(
                 f"{type(self.model).__name__} does something between its head and its logits that "
                 f"log-probabilities here leave out (they differ by {difference:.2g}); such models "
@@ -154,6 +171,12 @@ class ScoredPolicy(nn.Module):
                 score, hidden_NH, target_N, use_reentrant=False
             )
         return score(hidden_NH, target_N)
+
+
+def scored_policy(path: Path, config: Scoring) -> ScoredPolicy:
+    """A policy that is only read, on this rank's accelerators."""
+    model = place_policy(path, "float32", config.devices)
+    return ScoredPolicy(model, precision=config.precision)
 
 
 @torch.no_grad()

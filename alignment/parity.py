@@ -169,10 +169,9 @@ def _trainer_logps(
     settings: Iterable[tuple[float, float]],
 ) -> list[list[tuple[list[float], list[float]]]]:
     """For each (temperature, top_p) and probe: log-probabilities, and the mass above each token."""
-    from sparring.alignment.logprobs import ScoredPolicy, sampling_logps
-    from sparring.alignment.models import place_policy
+    from sparring.alignment.logprobs import sampling_logps, scored_policy
 
-    policy = ScoredPolicy(place_policy(model, config.dtype, config.devices))
+    policy = scored_policy(model, config)
     found = []
     for temperature, top_p in settings:
         scored = [
@@ -188,7 +187,7 @@ def _trainer_logps(
 def _figures(
     config: ParityStage, rows: Sequence[ComparedToken], probes: Sequence[Response]
 ) -> Figures:
-    mean_limit, token_limit = _TOLERANCES[config.dtype]
+    mean_limit, token_limit = max(_TOLERANCES[config.dtype], _TOLERANCES[config.precision])
     mean_limit = config.mean_tolerance or mean_limit
     token_limit = config.token_tolerance or token_limit
     nucleus = config.top_p if config.temperature else 1.0

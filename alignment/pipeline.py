@@ -33,8 +33,9 @@ class _Chain:
         self.recipe = recipe
         self.algorithm: Algorithm = algorithm(recipe.algorithm)
         self.steps: list[Step] = []
-        self.loading = {"dtype": recipe.model.dtype, "devices": recipe.model.devices}
-        """How stages that only read a policy load it."""
+        devices = recipe.model.devices
+        self.sampling = {"dtype": recipe.model.dtype, "devices": devices}
+        self.scoring = {"precision": recipe.train.precision, "devices": devices}
 
     def add(
         self, folder: str, stage: Stage, settings: Mapping[str, Any], **inputs: str | None
@@ -51,7 +52,7 @@ class _Chain:
     def sample(self, folder: str, policy: str, settings: Mapping[str, Any]) -> str:
         base = plain(self.recipe.generate)
         extra = {
-            **self.loading,
+            **self.sampling,
             "max_prompt_tokens": self.recipe.prompts.max_tokens,
             "too_long": self.recipe.prompts.too_long,
         }
@@ -80,7 +81,8 @@ class _Chain:
             "temperature": generate.temperature,
             "top_p": generate.top_p,
             "template": generate.template,
-            **self.loading,
+            **self.sampling,
+            **self.scoring,
         }
         self.add(f"iter{t}", PARITY, settings, model=policy, prompts="prompts", responses=responses)
 
@@ -122,7 +124,7 @@ class _Chain:
             # Samples of a sharpened policy say nothing of the KL of the policy itself.
             "kl": recipe.evaluate.kl and t > 0 and recipe.evaluate.temperature == 1,
             "level": recipe.evaluate.level,
-            **self.loading,
+            **self.scoring,
             "max_response_tokens": recipe.pair.max_response_tokens,
             "template": recipe.generate.template,
             # Leaderboards are dear: of the start and of the result.
@@ -178,7 +180,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         reference = chain.add(
             f"iter{t}",
             REFERENCE,
-            {"alpha": fold, **chain.loading},
+            {"alpha": fold, **chain.scoring},
             pairs=pairs,
             model=policy,
             previous=older if fold else None,

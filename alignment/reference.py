@@ -26,8 +26,7 @@ def run(
     import torch
 
     from sparring.alignment import tokens
-    from sparring.alignment.logprobs import ScoredPolicy, response_logps
-    from sparring.alignment.models import place_policy
+    from sparring.alignment.logprobs import response_logps, scored_policy
     from sparring.alignment.momentum import folded_reference
     from sparring.launch.collective import device
 
@@ -41,7 +40,7 @@ def run(
     where = device()
     pad = tokens.eos_ids(tokens.load_tokenizer(inputs["model"]), inputs["model"])[0]
     names = ["model", *(["previous"] if config.alpha else [])]
-    policies = [ScoredPolicy(place_policy(inputs[n], config.dtype, config.devices)) for n in names]
+    policies = [scored_policy(inputs[name], config) for name in names]
     pairs = _pairs(inputs)
     for policy in policies:
         policy.verify([*pairs[0].prompt_ids, *pairs[0].chosen_ids])
@@ -83,7 +82,7 @@ def finish(
         if not math.isfinite(row.chosen_reference_logp + row.rejected_reference_logp):
             raise SparringError(
                 f"the reference log-probability of pair {row.pair_id!r} is not finite; the model "
-                "or its number type (model.dtype) is at fault"
+                "or its number type (train.precision) is at fault"
             )
     write_rows(output / "pairs.parquet", ReferencedPair, rows)
     return {

@@ -30,8 +30,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Loading:
     """How stages that only read a policy load it."""
 
-    dtype: Dtype = "float32"
-    """Number type of the model's weights and forward passes."""
     devices: int = 1
     """Accelerators that one copy of the model is spread over."""
 
@@ -40,9 +38,20 @@ class Loading:
 
 
 @config
+class Scoring(Loading):
+    """How stages compute log-probabilities: as the trainer does, or they would differ from its own
+    at its first step."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number type of forward passes, as train.precision; the weights stay float32."""
+
+
+@config
 class GenerateStage(GenerateConfig, Loading):
     """Sampling of one iteration."""
 
+    dtype: Dtype = "float32"
+    """Number type of the model's weights and forward passes."""
     iteration: int = 0
     """Stored with each response."""
     part: Literal["train", "heldout"] = "train"
@@ -67,9 +76,11 @@ class GenerateStage(GenerateConfig, Loading):
 
 
 @config
-class ParityStage(ParityConfig, Loading):
+class ParityStage(ParityConfig, Scoring):
     """The gate of one iteration."""
 
+    dtype: Dtype = "float32"
+    """The sampler's number type. The tolerances are those of the coarser one of the two."""
     temperature: float = 1.0
     """What the responses should have been sampled at; 0 is greedy."""
     top_p: float = 1.0
@@ -114,7 +125,7 @@ class PairStage(PairSettings):
 
 
 @config
-class ReferenceStage(Loading):
+class ReferenceStage(Scoring):
     """Reference log-probabilities of one iteration."""
 
     batch: int = 8
@@ -146,7 +157,7 @@ class ExtrapolateStage:
 
 
 @config
-class EvaluateStage(Loading):
+class EvaluateStage(Scoring):
     """Measurement of one iterate."""
 
     judge: JudgeConfig = JudgeConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,28 @@ def test_momentum_needs_the_solution_before(tiny_chain: dict[str, Path], tmp_pat
     inputs = {"model": tiny_chain["model"], "pairs": tiny_chain["pair"]}
     with pytest.raises(UsageError, match="it needs --previous"):
         run_stage("reference", tmp_path / "out", inputs, quiet=True, alpha=0.3)
+
+
+def test_a_policy_is_its_own_reference_in_the_trainers_number_type(
+    tiny_chain: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_chain["model"]
+    gaps = {}
+    for precision in ("bfloat16", "float32"):
+        inputs = {"model": model, "pairs": tiny_chain["pair"]}
+        folder = tmp_path / precision
+        reference = run_stage("reference", folder, inputs, quiet=True, precision=precision)
+        trained = run_stage(
+            "train",
+            tmp_path / f"{precision}-train",
+            {"model": model, "pairs": reference},
+            quiet=True,
+            precision="bfloat16",
+            lr=1e-9,
+            batch=4,
+            micro_batch=4,
+        )
+        first = (trained.path / "metrics.jsonl").read_text().splitlines()[0]
+        gaps[precision] = json.loads(first)["reference_gap"]
+    assert gaps["float32"] > 0
+    assert gaps["bfloat16"] < gaps["float32"] / 5
