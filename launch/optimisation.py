@@ -16,6 +16,7 @@ from sparring.launch.processes import World
 from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context
 from sparring.launch.training import TrainingConfig
+from sparring.optimizers.randomness import draws, restore
 
 
 @dataclass
@@ -100,9 +101,12 @@ def descend(
     exact = config.optimizer.exact
 
     def owed(number: int, rows: Sequence[int]) -> None:
-        # MARS's exact mode corrects by these rows' gradient at the weights before the update.
+        # MARS's exact mode corrects by these rows' gradient at the weights before the update: of
+        # one function, so with one dropout.
+        before = draws([sharding.device])
         gradients(number, rows)
         sharding.step()
+        restore(before)
 
     def step(number: int) -> dict[str, float]:
         lr, rows = rate(number), plan[number]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparring.optimizers.adamw import Settings
 from sparring.optimizers.exact import ExactMode, States, is_pending
 from sparring.optimizers.kernel import Kernel
-from sparring.optimizers.layouts import Layout, Segment, local
+from sparring.optimizers.layouts import Layout, Segment, local, reduced_gradient
 from sparring.optimizers.originals import Originals
 from sparring.optimizers.orthogonal import segment_view
 from sparring.optimizers.rules import Rule, rule_of, settings_of
@@ -118,6 +118,8 @@ def _present(
                 continue
         elif tensor.grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; use dense embeddings")
+        elif (gradient := reduced_gradient(tensor)) is not tensor.grad:
+            tensor.grad = gradient
         found.append((tensor, originals.layout(tensor, position, group)))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -13,18 +13,23 @@ from sparring.optimizers.mars import MARS
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float
+    config: OptimizerConfig,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    tables: Collection[nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters, in groups of one kind (`grouped`).
 
     Args:
         parameters: `model.named_parameters()`; those without `requires_grad` are left out.
         lr: learning rate to start with.
+        tables: the embeddings; None to tell them by their names.
 
     Raises:
         ValueError: nothing to train.
     """
-    groups = grouped(parameters, weight_decay=config.weight_decay)
+    groups = grouped(parameters, weight_decay=config.weight_decay, tables=tables)
     if not groups:
         raise ValueError("no parameter is trainable")
 

@@ -64,7 +64,7 @@ def grouped(
         if parameter.requires_grad:
             original = describe(parameter, name)
             kind = original.kind
-            if tables is not None and kind != "vector":
+            if tables is not None and kind in ("matrix", "embedding"):
                 kind = "embedding" if parameter in tables else "matrix"
             found[kind, len(original.shape) >= 2].append((name, parameter))
     return [
@@ -77,6 +77,15 @@ def grouped(
         for (kind, decayed), params in found.items()
         if params
     ]
+
+
+def embeddings(network: nn.Module) -> set[nn.Parameter]:
+    """The tables of `nn.Embedding` in a network, and what is named like one."""
+    found = {p for name, p in network.named_parameters() if describe(p, name).kind == "embedding"}
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            found.update(module.parameters())
+    return found
 
 
 def _tables(model: nn.Module) -> set[nn.Parameter] | None:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Kind = Literal["matrix", "vector", "embedding"]
-KINDS: tuple[Kind, ...] = ("matrix", "vector", "embedding")
+Kind = Literal["matrix", "vector", "embedding", "stack"]
+"""A stack is matrices of one shape in one tensor: those of a mixture's experts."""
+KINDS: tuple[Kind, ...] = ("matrix", "vector", "embedding", "stack")
 
 # The module that owns a table of input embeddings or an output head, as models name it. A linear
 # layer inside a module of such a name is none (time_embedding.linear_1).
@@ -88,11 +89,17 @@ def describe(parameter: Tensor, name: str = "", kind: Kind | None = None) -> Ori
     refuse_split(parameter)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if kind is None:
-        # The authors' code takes exactly two dimensions for a matrix: convolutions are vectors.
-        kind = "vector" if len(shape) != 2 else "matrix"
-        if kind == "matrix" and is_table(name):
-            kind = "embedding"
+        kind = _kind(shape, name)
     return Original(parameter, shape, kind)  # type: ignore[arg-type]
+
+
+def _kind(shape: tuple[int, ...], name: str) -> Kind:
+    if "experts" in name.split("."):  # as transformers stores them, the expert first
+        return "stack" if len(shape) == 3 else "vector" if name.endswith("bias") else "matrix"
+    # The authors' code takes exactly two dimensions for a matrix: convolutions are vectors.
+    if len(shape) != 2:
+        return "vector"
+    return "embedding" if is_table(name) else "matrix"
 
 
 @dataclass(frozen=True)
@@ -232,11 +239,25 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def reduced_gradient(tensor: Tensor) -> Tensor | None:
+    """A tensor's gradient, split as the tensor is.
+
+    What sequence parallelism makes of a replicated weight's gradient is each rank's share of a sum.
+    """
+    gradient: Any = tensor.grad
+    if gradient is None or not is_dtensor(gradient) or not is_dtensor(tensor):
+        return gradient  # type: ignore[no-any-return]
+    placements = tensor.placements  # type: ignore[attr-defined]
+    if gradient.placements == placements:
+        return gradient  # type: ignore[no-any-return]
+    return gradient.redistribute(placements=placements)  # type: ignore[no-any-return]
+
+
 def _dtensor(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
     """FSDP2: a DTensor, split over some of its mesh's dimensions."""
     if not is_dtensor(tensor):
         return None
-    from torch.distributed.tensor import Partial, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     dtensor: Any = tensor
@@ -250,7 +271,7 @@ def _dtensor(tensor: Tensor, position: int, candidates: Candidates) -> Layout | 
     for dimension, placement in enumerate(dtensor.placements):
         if isinstance(placement, Partial):
             raise ValueError(f"a parameter of shape {shape} has a partial placement")
-        if isinstance(placement, Shard):
+        if not isinstance(placement, Replicate):
             groups.append(dtensor.device_mesh.get_group(dimension))
     here, offsets = compute_local_shape_and_global_offset(
         dtensor.shape, dtensor.device_mesh, dtensor.placements
@@ -259,7 +280,9 @@ def _dtensor(tensor: Tensor, position: int, candidates: Candidates) -> Layout | 
     if not groups:
         return whole(index, local(tensor))
     # A stretch of rows is contiguous in the flattened parameter; another split is not (start -1).
-    by_rows = tuple(here[1:]) == shape[1:] or numel == 0
+    # Neither need be one of strides: FSDP2 over tensor parallelism, or weights packed together.
+    plain = all(isinstance(placement, Shard | Replicate) for placement in dtensor.placements)
+    by_rows = plain and (tuple(here[1:]) == shape[1:] or numel == 0)
     start = offsets[0] * math.prod(shape[1:]) if by_rows and shape else -1
     segments = (Segment(index, start, 0, numel),) if numel else ()
     return Layout(segments, (index,), tuple(groups))

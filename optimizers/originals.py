@@ -91,7 +91,7 @@ class Originals:
         Raises:
             ValueError: all of them by AdamW.
         """
-        plural = {"matrix": "matrices", "vector": "vectors", "embedding": "embeddings"}
+        plural = {kind: f"{kind}s" for kind in KINDS} | {"matrix": "matrices"}
         counts = Counter(
             (original.kind, rule)
             for original, rule in zip(self.listed, self._rules, strict=True)

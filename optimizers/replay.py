@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+
+from sparring.optimizers.randomness import draws, restore
 
 
 @dataclass
@@ -71,16 +70,20 @@ class Replay:
                 rest=rest,
                 options=options,
                 boundary=accelerator.sync_gradients,
-                randomness=_randomness(accelerator.device),
+                randomness=draws(self._devices(model)),
             )
         )
         return self._training_step(model, inputs, *rest, **options)
+
+    def _devices(self, model: Any) -> set[torch.device]:
+        """Where layers draw: more than one device where a model's are dealt out."""
+        return {self._trainer.accelerator.device, *(p.device for p in model.parameters())}
 
     def run(self) -> None:
         """Forward and backward of the micro-batches as before, leaving no other trace."""
         trainer = self._trainer
         accelerator = trainer.accelerator
-        after = _randomness(accelerator.device)
+        after = draws(self._devices(self.model))
         counted = {name: vars(trainer)[name] for name in self._COUNTED if name in vars(trainer)}
         vars(trainer).update(copy.deepcopy(counted))
         plugin = accelerator.gradient_state.plugin_kwargs
@@ -88,7 +91,7 @@ class Replay:
         try:
             for micro in self._batch:
                 accelerator.gradient_state._set_sync_gradients(micro.boundary)
-                _restore(micro.randomness)
+                restore(micro.randomness)
                 quiet = not (micro.boundary or every)
                 with accelerator.no_sync(micro.model) if quiet else contextlib.nullcontext():
                     self._training_step(
@@ -96,25 +99,4 @@ class Replay:
                     )
         finally:
             vars(trainer).update(counted)
-            _restore(after)
-
-
-def _randomness(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that a forward pass may draw from."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type != "cpu":
-        state["device"] = (device, torch.get_device_module(device).get_rng_state(device))
-    return state
-
-
-def _restore(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if "device" in state:
-        device, generator = state["device"]
-        torch.get_device_module(device).set_rng_state(generator, device)
+            restore(after)

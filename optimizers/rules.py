@@ -24,6 +24,8 @@ def rule_of(kind: Kind, group: dict[str, Any]) -> Rule:
     variant: Variant = group["variant"]
     if kind == "embedding" and variant == "shampoo" and not group["shampoo_embeddings"]:
         kind = "vector"  # a row an item is no linear map between spaces: its factor means little
+    if kind == "stack":  # one orthogonal factor of all would mix the experts
+        kind = "vector" if variant == "shampoo" else "matrix"
     if kind == "vector":
         if not group["optimize_1d"]:
             return "AdamW"

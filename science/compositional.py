@@ -113,7 +113,8 @@ def minimize_compositional(
         max_iter, max_ifo: budgets of steps and of IFO calls of all kinds; one is needed. A step
             that would go over max_ifo is not begun.
         tol: stop when the monitored ‖∇Φ(x)‖ is at most this.
-        output: "last", or "random" for a uniformly drawn iterate, which the theorem speaks of.
+        output: "last", or "random" for one of x_0 to x_{T-1}, drawn uniformly, of which the theorem
+            speaks.
         records: how often Φ is monitored, evenly over the budget. The monitor is no IFO call: in a
             finite sum it is exact, online it takes `monitor_samples` fixed samples.
         seed: equal seeds give equal results.
@@ -189,10 +190,10 @@ def _drive(
         message = f"Φ = {value} and ‖∇Φ‖ = {norm} at x0: start where both are finite"
         steps = 0
     while norm > tol and t < steps and oracle.total + run.method.cost(t) <= calls:
+        if chooser is not None and chooser.random() < 1 / (t + 1):  # a uniform choice in one pass
+            chosen = x
         x = run.step(t, x)
         t += 1
-        if chooser is not None and chooser.random() < 1 / t:  # a uniform choice in one pass
-            chosen = x
         if max(t / steps, oracle.total / calls) * records >= due:
             due = math.floor(max(t / steps, oracle.total / calls) * records) + 1
             value, norm = history.record(t, oracle.calls, x)

@@ -33,6 +33,7 @@ from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context, Figures
 from sparring.launch.training import batches, learning_rate
 from sparring.optimizers import build_optimizer
+from sparring.optimizers.groups import embeddings
 
 
 class Data:
@@ -148,7 +149,10 @@ class TextTrainer:
         self.noise = self.config.noise
         set_seed(derive(context.seed, "dropout", context.world.rank) % 2**32)
         optimizer = build_optimizer(
-            settings.optimizer, network.named_parameters(), lr=rate(settings, 0)
+            settings.optimizer,
+            network.named_parameters(),
+            lr=rate(settings, 0),
+            tables=embeddings(network),
         )
         self.network = self.sharding.prepare(network.train(), optimizer)
 

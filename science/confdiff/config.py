@@ -77,6 +77,12 @@ class MdConfig(ForceFieldConfig):
                 f"save_every ({self.save_every} ps) is shorter than a time step "
                 f"({self.timestep} fs)"
             )
+        every = 1000 * self.save_every / self.timestep
+        if abs(every - round(every)) > 1e-6 * every:
+            raise ValueError(
+                f"save_every ({self.save_every} ps) is {every:g} time steps of {self.timestep} fs: "
+                "frames would not be where their times say; make it whole steps"
+            )
 
 
 @config
@@ -169,8 +175,8 @@ class ConformationTrainConfig(TrainingConfig):
     """Tell the network the amino acids; without them it is the unconditional model of the
     mixture."""
     t_min: float = 0.002
-    """Earliest time, where sampling ends, with 0.15 A of noise left; the paper's 0.01 leaves
-    0.45 A."""
+    """Earliest time, where sampling ends, with 0.15 A of noise left in translations (the paper's
+    0.01: 0.45 A) and 6 degrees an axis in rotations, of which a smaller one takes little away."""
     times: Literal["uniform", "quadratic"] = "uniform"
     """How t is drawn: the paper's, or t_min + (1 - t_min) u^2, more often near the end."""
     loss: LossConfig = LossConfig()
@@ -341,7 +347,7 @@ class ConformationRecipe:
     """`kind` and `temperature` follow from the arms and `target`."""
     arms: tuple[ConformationSampleConfig, ...] = (ConformationSampleConfig(),)
     evaluate: ConformationEvaluateConfig = ConformationEvaluateConfig()
-    """`reweight` is filled in for the reweighted simulation."""
+    """`reweight` is filled in for the reweighted simulation; the force field is that of `md`."""
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:

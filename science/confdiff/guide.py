@@ -24,6 +24,7 @@ from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context, Figures, many
 from sparring.launch.training import learning_rate
 from sparring.optimizers import build_optimizer
+from sparring.optimizers.groups import embeddings
 from sparring.science.confdiff.config import GuideConfig
 from sparring.science.confdiff.dataset import Dataset, Representations, read_conformations
 from sparring.science.confdiff.frames import Frames
@@ -74,7 +75,8 @@ class GuideTrainer:
         self.process = self.config.diffusion
         trained = [(name, p) for name, p in guide.named_parameters() if p.requires_grad]
         lr = learning_rate(settings, 0, settings.steps)
-        optimizer = build_optimizer(settings.optimizer, trained, lr=lr)
+        tables = embeddings(guide)
+        optimizer = build_optimizer(settings.optimizer, trained, lr=lr, tables=tables)
         self.network = self.sharding.prepare(guide.train(), optimizer)
         self.base = base.requires_grad_(False).eval().to(self.sharding.device)
 

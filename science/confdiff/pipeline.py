@@ -36,6 +36,9 @@ class _Chain:
     def __init__(self, recipe: ConformationRecipe) -> None:
         self.recipe = recipe
         self.steps: list[Step] = []
+        md = recipe.md
+        self.force_field: dict[str, Any] = {"solvent": md.solvent, "platform": md.platform}
+        """Energies are compared with the simulation's."""
 
     def add(
         self, name: str, stage: Stage, settings: Any, inputs: Mapping[str, str], *stream: str | int
@@ -46,7 +49,7 @@ class _Chain:
         return name
 
     def evaluate(self, folder: str, samples: str, *, reweight: float = 0.0) -> None:
-        settings = dataclasses.replace(self.recipe.evaluate, reweight=reweight)
+        settings = dataclasses.replace(self.recipe.evaluate, reweight=reweight, **self.force_field)
         inputs = {"samples": samples, "reference": REFERENCE}
         self.add(f"{folder}/{EVALUATE.name}", EVALUATE, settings, inputs, "evaluate")
 
@@ -81,9 +84,8 @@ class _Chain:
             inputs["guide"] = made[arm.guidance]
         folder = f"{arm.name}/seed{number}"
         # All arms draw from the same seeds.
-        samples = self.add(
-            f"{folder}/{SAMPLE.name}", SAMPLE, SampleStage(**vars(arm)), inputs, "sample", number
-        )
+        settings = SampleStage(**vars(arm), **self.force_field)
+        samples = self.add(f"{folder}/{SAMPLE.name}", SAMPLE, settings, inputs, "sample", number)
         self.evaluate(folder, samples)
 
 
@@ -94,8 +96,7 @@ def build_steps(recipe: ConformationRecipe) -> list[Step]:
     target = dataclasses.replace(recipe.md, temperature=recipe.target)
     chain.add(REFERENCE, MD, target, {}, REFERENCE)
     if recipe.guide.energy == "relaxed" and chain.kinds():
-        md = recipe.md
-        label = LabelConfig(relaxed=True, solvent=md.solvent, platform=md.platform)
+        label = LabelConfig(relaxed=True, **chain.force_field)
         chain.add(LABELS, LABEL, label, {"data": SOURCE}, LABELS)
     chain.evaluate("source", SOURCE)
     chain.evaluate("reweighted", SOURCE, reweight=recipe.target)

@@ -345,7 +345,9 @@ def finish(
     }
     if config.energies:
         heavy = (atoms.astype(np.float64), torsions.astype(np.float64))
-        arrays["energies"] = minimised_energies(first.sequence, *heavy, first.capped)
+        arrays["energies"] = minimised_energies(
+            first.sequence, *heavy, first.capped, config.solvent, config.platform
+        )
     with (output / "samples.npz").open("wb") as file:
         np.savez(file, **arrays)
     write_rows(output / CONFORMATIONS, Conformation, rows)

@@ -8,6 +8,7 @@ from sparring.science.confdiff.config import (
     ConformationEvaluateConfig,
     ConformationSampleConfig,
     ConformationTrainConfig,
+    ForceFieldConfig,
     GuideConfig,
     LabelConfig,
     MdConfig,
@@ -16,8 +17,9 @@ from sparring.science.confdiff.config import (
 
 
 @config
-class SampleStage(ConformationSampleConfig):
-    """Sampling, of a sequence that is given here or by --fasta or --pdb."""
+class SampleStage(ConformationSampleConfig, ForceFieldConfig):
+    """Sampling, of a sequence that is given here or by --fasta or --pdb; the force field is that of
+    --energies."""
 
     sequence: str = ""
     """One-letter codes; empty: that of --fasta or --pdb, or the one the model was trained on."""

@@ -22,6 +22,7 @@ from sparring.launch.sharding import Sharding
 from sparring.launch.stages import Context, Figures, many
 from sparring.launch.training import learning_rate
 from sparring.optimizers import build_optimizer
+from sparring.optimizers.groups import embeddings
 from sparring.science.confdiff import atoms as atom14
 from sparring.science.confdiff import losses
 from sparring.science.confdiff.config import ConformationTrainConfig, LossConfig
@@ -154,7 +155,8 @@ class ConformationTrainer:
         if settings.gradient_checkpointing:
             network.gradient_checkpointing_enable()
         lr = learning_rate(settings, 0, settings.steps)
-        optimizer = build_optimizer(settings.optimizer, network.named_parameters(), lr=lr)
+        named, tables = network.named_parameters(), embeddings(network)
+        optimizer = build_optimizer(settings.optimizer, named, lr=lr, tables=tables)
         self.network = self.sharding.prepare(network.train(), optimizer)
 
     def gradients(self, number: int, rows: Sequence[int]) -> dict[str, float]:

@@ -18,7 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from sparring.launch.processes import leave
 from sparring.optimizers import MARS
@@ -131,6 +137,46 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def tensor_parallel(case: dict[str, Any]) -> dict[str, Any]:
+    """Norms by sequence parallelism, matrices by columns and rows, over 2 ranks; FSDP2 over both.
+
+    The gradient of a replicated norm comes as each rank's share of a sum; FSDP2's shards of what is
+    split already have strides.
+    """
+
+    def fresh() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tp"))
+    shard, part = mesh.get_local_rank("data"), mesh.get_local_rank("tp")
+    options = {"lr": 0.05, **case.get("options", {})}
+    plain, network = fresh(), fresh()
+    plan = {
+        "0": SequenceParallel(),
+        "1": ColwiseParallel(input_layouts=Shard(1)),
+        "3": RowwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(network, mesh["tp"], plan)
+    if mesh.size(0) > 1:
+        fully_shard(network, mesh=mesh["data"])
+    alone = MARS(plain.named_parameters(), **options)
+    optimizer = MARS(network.named_parameters(), **options)
+    for step in STEPS:
+        x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(step))
+        alone.zero_grad()
+        (plain(x) - x.sum()).pow(2).mean().backward()
+        alone.step()
+        optimizer.zero_grad()
+        mine = x.chunk(mesh.size(0))[shard]
+        (network(mine.chunk(2, dim=1)[part]) - x.sum()).pow(2).mean().backward()
+        optimizer.step()
+    return {
+        "weights_diff": worst(network.parameters(), plain.parameters()),
+        "moved": worst(fresh().parameters(), plain.parameters()),
+    }
+
+
 def refused(case: dict[str, Any]) -> dict[str, Any]:
     """What a sharding that MARS does not know gets to hear."""
     network, options = model(), case.get("options", {})
@@ -162,7 +208,11 @@ def main() -> None:
     logging.disable(logging.INFO)
     dist.init_process_group("gloo")
     cases = json.loads(Path(sys.argv[2]).read_text())
-    results = [refused(case) if "refused" in case else run(case) for case in cases]
+    kinds = {"refused": refused, "tensor parallel": tensor_parallel}
+    results = []
+    for case in cases:
+        kind = next((kind for kind in kinds if kind in case), None)
+        results.append(kinds[kind](case) if kind else run(case))
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:

@@ -39,6 +39,18 @@ WHY = {"two dimensions": "split over 2 dimensions of its mesh; MARS-Shampoo need
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 4])
+def test_tensor_parallelism_equals_one_process(world: int, tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [{}, {"optimize_1d": True}, {"variant": "lion"}]
+    cases = [{"tensor parallel": True, "options": one} for one in options]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    for results in launch(WORKER, world, tmp_path, str(tmp_path / "cases.json")):
+        for result in results:
+            assert result["weights_diff"] <= 1e-5, results
+            assert result["moved"] > 1e-2
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("world", [3, 4])
 def test_fully_shard_equals_one_process(world: int, tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(CASES[world]))

@@ -10,7 +10,9 @@ from torch import nn
 from trainer_worker import tiny_gpt2, tiny_llama
 
 from sparring.optimizers import MARS, OptimizerConfig, build_optimizer
+from sparring.optimizers.groups import embeddings
 from sparring.optimizers.huggingface import mars_groups
+from sparring.optimizers.layouts import describe
 
 
 def names(groups: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -74,3 +76,54 @@ def test_a_recipe_s_optimizer_has_the_same_groups(name: Any) -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter is trainable"):
         build_optimizer(config, model.named_parameters(), lr=0.01)
+
+
+def tiny_mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 20}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+
+@pytest.mark.parametrize(
+    ("variant", "stacks"),
+    [("adamw", "MARS-AdamW"), ("lion", "MARS-Lion"), ("shampoo", "AdamW")],
+)
+def test_experts_are_stacks_of_matrices(variant: Any, stacks: str) -> None:
+    """Most weights of such a model are theirs; one orthogonal factor of all would mix them."""
+    model = tiny_mixtral()
+    found = names(mars_groups(model))
+    assert {name.split(".")[-1] for name in found["stack"]} == {"gate_up_proj", "down_proj"}
+    assert not any("experts" in name for kind in ("matrix", "vector") for name in found[kind])
+    held = sum(dict(model.named_parameters())[name].numel() for name in found["stack"])
+    assert held > 0.5 * sum(p.numel() for p in model.parameters())
+    optimizer = MARS(mars_groups(model), variant=variant)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    assert f"2 stacks {stacks}" in optimizer._originals.summary()
+
+
+def test_biases_of_experts_are_vectors_and_stacks_are_only_theirs() -> None:
+    flat, stack = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(4, 6, 3))
+    kinds = {
+        name: describe(parameter, name).kind
+        for name, parameter in {
+            "layers.0.mlp.experts.gate_up_proj_bias": flat,
+            "layers.0.mlp.experts.3.weight": flat,  # one module an expert
+            "layers.0.mlp.experts.gate_up_proj": stack,
+            "conv.weight": stack,
+        }.items()
+    }
+    assert list(kinds.values()) == ["vector", "matrix", "stack", "vector"]
+
+
+def test_embeddings_are_told_by_their_modules_too() -> None:
+    network = nn.ModuleDict({"tokens": nn.Embedding(5, 3), "mix": nn.Linear(3, 3)})
+    tables = embeddings(network)
+    assert tables == {network["tokens"].weight}
+    config = OptimizerConfig(name="mars", variant="shampoo")
+    optimizer = build_optimizer(config, network.named_parameters(), lr=0.01, tables=tables)
+    kinds = {group["kind"]: group["param_names"] for group in optimizer.param_groups}
+    assert kinds["embedding"] == ["tokens.weight"]
+    assert kinds["matrix"] == ["mix.weight"]

@@ -101,7 +101,9 @@ def test_tolerance_random_output_schedules_and_normalised_steps() -> None:
     drawn = minimize_compositional(
         TANH, np.ones(6), lr=0.1, max_iter=30, output="random", callback=lambda i: seen.append(i.x)
     )
-    assert any(np.array_equal(drawn.x, x) for x in seen)
+    assert any(np.array_equal(drawn.x, x) for x in [np.ones(6), *seen[:-1]])
+    once = minimize_compositional(TANH, np.ones(6), lr=0.1, max_iter=1, output="random")
+    assert np.array_equal(once.x, np.ones(6))  # x_1 is not among x_0 to x_{T-1}
     falling = minimize_compositional(
         TANH, np.ones(6), "scgd", lr=lambda t: 0.5 * (1 + t) ** -0.75,
         averaging=lambda t: (1 + t) ** -0.5, max_iter=200,

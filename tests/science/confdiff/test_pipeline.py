@@ -97,6 +97,7 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"md": {"sequence": ""}}, "md.sequence is empty"),
         ({"md": {"temperature": -1}}, "temperature must be positive"),
         ({"md": {"save_every": 0.001}}, "shorter than a time step"),
+        ({"md": {"save_every": 0.05}}, "is 12.5 time steps of 4.0 fs"),
         ({"md": {"sequence": "AA", "torsions": [1.0]}}, "4 numbers for AA, not 1"),
         ({"arms": []}, "at least one"),
         ({"arms": [{}, {}]}, "two are called 'base'"),
