@@ -47,7 +47,7 @@ def per_token(run: Path, iteration: int) -> dict[str, float]:
     prompts = {row["prompt_id"]: row["prompt_ids"] for row in table}
     texts = [(prompts[name], human[name]) for name in prompts]
     found = response_logps(
-        ScoredPolicy(load_policy(policy, settings["dtype"]).to(device())),
+        ScoredPolicy(load_policy(policy).to(device()), precision=settings["precision"]),
         texts,
         pad=tokens.eos_ids(tokenizer, policy)[0],
         batch=settings["batch"],
