@@ -26,7 +26,7 @@ from sparring.launch.lease import RENEWED, Lease
 
 EVENT = "@sparring "
 DEVICES = "SPARRING_VISIBLE_DEVICES"
-_GRACE = 60.0  # seconds that other hosts' ranks have to end by themselves after one has failed
+_GRACE = 60.0  # seconds that the other ranks have to end by themselves after one has failed
 _START = 300.0  # seconds the ranks of other hosts have to be there
 
 
@@ -228,7 +228,7 @@ def run(
     assert process.stdout is not None
     reader = _Reader(process.stdout, log, on_event)
     try:
-        code = _wait(process, lease, reader, errors) if lease else process.wait()
+        code = _wait(process, lease, reader, errors)
     except (KeyboardInterrupt, Stopped):
         # The ranks alone: DeepSpeed's launcher dies of the signal at once, or kills them too soon.
         if lease:
@@ -249,20 +249,27 @@ def run(
         raise SparringError(_failure(code, log, errors, reader, missing))
 
 
-def _wait(process: subprocess.Popen[str], lease: Lease, reader: _Reader, errors: Path) -> int:
-    """Wait for the launchers of all hosts; a rank that failed takes the other hosts' ranks down."""
+def _wait(
+    process: subprocess.Popen[str], lease: Lease | None, reader: _Reader, errors: Path
+) -> int:
+    """Wait for the launchers of all hosts; a rank that failed takes the others down.
+
+    DeepSpeed's launcher does so too, but gives each rank of its host half a minute, one by one.
+    """
     started, failed = time.monotonic(), None
     while True:
         try:
             return process.wait(RENEWED)
         except subprocess.TimeoutExpired:
-            lease.renew()
+            if lease:
+                lease.renew()
         now = time.monotonic()
         if failed is None and any(errors.glob("rank*.txt")):
             failed = now
-        late = now - started > _START and lease.missing(reader.up)
+        late = lease and now - started > _START and lease.missing(reader.up)
         if late or reader.error or (failed is not None and now - failed > _GRACE):
-            lease.renew("end")
+            if lease:
+                lease.renew("end")
             _signal(signal.SIGKILL, *reader.ranks, -process.pid)
 
 

@@ -125,6 +125,22 @@ def test_the_rank_that_failed_first_is_told(tmp_path: Path) -> None:
         )
 
 
+def test_a_rank_that_failed_takes_those_of_its_host_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    processes.record_error(tmp_path / "errors", 1, SparringError("no more disk"))
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(SparringError, match=r"^no more disk$"):
+        processes.run(
+            command,
+            log=tmp_path / "log",
+            errors=tmp_path / "errors",
+            environment={},
+            on_event=lambda _: None,
+        )
+
+
 def test_output_goes_to_the_log_and_events_to_the_driver(tmp_path: Path) -> None:
     code = "import os; print('hello', os.environ['SAID']); print('@sparring {\"done\": 1}')"
     events: list[dict[str, Any]] = []
