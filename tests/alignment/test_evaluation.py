@@ -20,7 +20,7 @@ from sparring.alignment.harness import leaderboards
 from sparring.alignment.matches import policy_names
 from sparring.alignment.response_files import read_responses
 from sparring.alignment.results import evaluation_text, intervals
-from sparring.alignment.rows import Judged, Response
+from sparring.alignment.rows import Judged, Message, Prompt, Response
 from sparring.alignment.stages import EVALUATE, EvaluateStage
 from sparring.launch import artifacts, cli
 from sparring.launch.errors import SparringError, UsageError
@@ -397,3 +397,23 @@ def test_a_missing_harness_says_how_to_get_it(
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(SparringError, match=r"pip install 'sparring\[eval\]'"):
         leaderboards(tiny_model, ["arc_easy"])
+
+
+def test_the_report_leaves_out_prompts_that_were_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`prompts.too_long = "drop"` leaves held-out prompts without answers."""
+    prompts = [Prompt(f"p{n}", (Message("user", f"question {n}"),), f"g{n}") for n in range(8)]
+    (tmp_path / "prompts").mkdir()
+    write_rows(tmp_path / "prompts" / "heldout.parquet", Prompt, prompts)
+    for t in (0, 1):
+        folder = tmp_path / f"heldout{t}" / "generate"
+        folder.mkdir(parents=True)
+        answers = [
+            Response(p.prompt_id, 0, t, f"answer {t}", (1,), (2,), "stop", 0) for p in prompts[1:]
+        ]
+        write_rows(folder / "responses.parquet", Response, answers)
+    monkeypatch.setattr(results, "evaluations", lambda recipe, run: [(0, {}), (1, {})])
+    section = results._samples(Recipe(name="r"), tmp_path)
+    assert section is not None
+    assert [row[0] for row in section.rows] == [f"question {n}" for n in range(1, 7)]
