@@ -72,7 +72,9 @@ class TextModelConfig:
     heads: int = 4
     """Attention heads."""
     feedforward: int = 512
-    """Width of the feed-forward layers."""
+    """Width of the feed-forward layers; they are gated without a source."""
+    window: int = 0
+    """Without a source: symbols to either side that the first, third, .. layer looks at; 0: all."""
     dropout: float = 0.1
     """While training."""
     time: bool = True
@@ -85,6 +87,7 @@ class TextModelConfig:
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "encoder_layers", "heads", "feedforward", "offsets"):
             positive(f"model.{name}", getattr(self, name))
+        within("model.window", self.window, 0, float("inf"))
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(
                 f"model.hidden must be even and a multiple of model.heads, not {self.hidden} with "

@@ -1,7 +1,8 @@
 """Transformers that predict clean text from noised text, in Hugging Face's format.
 
 With a source: an encoder of it, a decoder that sees all of the noised text (no causal mask) and
-attends to the source, and a length head. Without: a bidirectional encoder of the noised text.
+attends to the source, and a length head; places are learnt. Without: ModernBERT's encoder of the
+noised text, with rotary places.
 
 Shape legend: B rows, N target positions, S source positions, H width, K target symbols, L lengths.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import ModernBertConfig, ModernBertModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -128,6 +129,44 @@ class DecoderLayer(GradientCheckpointingLayer, nn.TransformerDecoderLayer):  # t
     """torch's, whose activations can be computed again in the backward pass."""
 
 
+def rotary_encoder(shape: TextModelConfig, longest: int) -> ModernBertModel:
+    """ModernBERT's layers (arXiv 2412.13663) for embedded symbols.
+
+    A network of one sequence must learn what stands beside what before it learns anything else.
+    With learnt places it stays at the frequencies of single symbols for hundreds of steps; with
+    rotary ones, and every other layer looking at a window only, it does not.
+
+    Args:
+        shape: of the network.
+        longest: N at most.
+    """
+    kinds = [
+        "sliding_attention" if shape.window and not i % 2 else "full_attention"
+        for i in range(shape.layers)
+    ]
+    model = ModernBertModel(
+        ModernBertConfig(
+            vocab_size=1,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.feedforward,
+            layer_types=kinds,
+            local_attention=2 * shape.window,
+            max_position_embeddings=longest,
+            embedding_dropout=shape.dropout,
+            attention_dropout=shape.dropout,
+            mlp_dropout=shape.dropout,
+            **dict.fromkeys(
+                (f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")), None
+            ),
+        )
+    )
+    # Symbols are embedded by their owner, with the time and the mask of noise.
+    del model.embeddings.tok_embeddings
+    return model
+
+
 class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
     """p_theta(x_0 | x_t, t, source)."""
 
@@ -160,7 +199,8 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
             )
 
         self.tokens = nn.Embedding(config.vocab_size, width)
-        self.places = nn.Embedding(config.max_target, width)
+        if config.source_vocab_size:
+            self.places = nn.Embedding(config.max_target, width)
         self.decoder: nn.Module
         if shape.time:
             self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -175,7 +215,7 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
             )
             self.lengths = nn.Linear(width, 2 * shape.offsets + 1)
         else:
-            self.decoder = stack(shape.layers)
+            self.decoder = rotary_encoder(shape, config.max_target)
         self.head = nn.Linear(width, config.vocab_size)
         self.post_init()
 
@@ -239,15 +279,16 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
             )
         if (source is not None) != bool(self.config.source_vocab_size):
             raise ValueError("the network needs a source exactly if it was trained with one")
-        h = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        h = self.tokens(x)
         if shape.time:
             waves = self._waves(t, shape.hidden).to(h.dtype)
             h = h + self.time(waves)[:, None]
         if noisy is not None:
             h = h + self.noisy(noisy.long())
         if source is None:
-            h = self.decoder(h, src_key_padding_mask=x == PAD)
-            return Denoised(logits=self.head(h))
+            seen = self.decoder(inputs_embeds=h, attention_mask=(x != PAD).long())
+            return Denoised(logits=self.head(seen.last_hidden_state))
+        h = h + self.places(torch.arange(x.shape[1], device=x.device))
         if memory is None:
             memory = self.encode(source)
         lengths = self.length_logits(memory, source)

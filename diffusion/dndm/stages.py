@@ -57,7 +57,7 @@ TRAIN_TEXT = Stage(
     summary="train a network that predicts clean text from noised text",
     function="sparring.diffusion.dndm.train:run",
     config=TrainTextStage,
-    version="3",
+    version="4",
     inputs={"data": _DATA, "model?": f"{_MODEL}, to start from; its settings stay"},
     packages=("torch", "transformers", "deepspeed", "accelerate"),
 )

@@ -184,7 +184,7 @@ _CALLS_ARE_T = ("d3pm", "mdlm-cache", "rdm", "rdm-k")
 _SLOW_ONES = {"dndm": "d3pm", "dndm-v2": "d3pm", "dndm-k": "rdm-k"}
 _RANDOM = ("d3pm", "mdlm-cache", "rdm", "dndm", "dndm-v2", "first-hitting")
 _MANY = 1000
-_TEXT_STEPS, _TEXT_BATCH = 1500, 50
+_TEXT_BATCH = 50
 PAIRS = ("cmudict", "gettext", "parallel")
 TIMES = (25, 50, 1000, 0)
 _MOST_SEEDS = 20
@@ -221,7 +221,7 @@ def built(base: TextRecipe, name: str, seed: int, times: Sequence[int], steps: i
     measures = base.evaluate.measures or (
         ("errors",) if pairs else ("perplexity", "words", "entropy")
     )
-    steps = steps or (base.train.steps if pairs else min(base.train.steps, _TEXT_STEPS))
+    steps = steps or base.train.steps
     return replace(
         base,
         name=f"{base.name}-{name}-{steps}-seed{seed}",

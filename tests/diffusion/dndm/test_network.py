@@ -80,6 +80,25 @@ def test_every_position_sees_every_other(source: bool) -> None:
         assert not torch.allclose(base, made(X, T, source=other).logits[0, 0], atol=1e-4)
 
 
+def test_a_window_is_what_every_other_layer_sees() -> None:
+    text = torch.randint(3, 9, (1, 8), generator=torch.Generator().manual_seed(0))
+    changed = text.clone()
+    changed[0, 3] = 3 if text[0, 3] != 3 else 4
+    for layers, reach in ((1, 2), (2, 8)):
+        made = network(source=False, layers=layers, window=2)
+        moved = made(text, T[:1]).logits[0] - made(changed, T[:1]).logits[0]
+        seen = moved.abs().amax(1) > 1e-4
+        assert seen.tolist() == [abs(place - 3) <= reach for place in range(8)]
+
+
+def test_places_are_relative_without_a_source() -> None:
+    """The same symbols further right, among padding that nothing looks at, have the same logits."""
+    made = network(source=False, layers=2)
+    text = torch.tensor([[3, 4, 5, 0, 0, 0, 0, 0]])
+    here, there = (made(text.roll(by, 1), T[:1]).logits for by in (0, 4))
+    torch.testing.assert_close(there[:, 4:7], here[:, :3], atol=1e-6, rtol=1e-5)
+
+
 def test_without_time_t_is_not_read() -> None:
     made = network(time=False)
     assert torch.equal(made(X, T, source=SOURCE).logits, made(X, T / 3, source=SOURCE).logits)
