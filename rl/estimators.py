@@ -130,19 +130,28 @@ def importance_weights(
         ValueError: shares that do not sum to 1, or a clip below 1.
         FloatingPointError: a weight too large for float64.
     """
-    if not math.isclose(sum(share for share, _ in behaviour), 1):
-        raise ValueError(f"shares must sum to 1, not {[share for share, _ in behaviour]}")
     if clip is not None and not clip >= 1:
         raise ValueError(f"clip must be at least 1, the mean of the weights, not {clip!r}")
-    with torch.no_grad():
-        prefixes = [math.log(share) + logp.cumsum(1) for share, logp in behaviour]
-        log_weights = target_NH.cumsum(1) - torch.stack(prefixes).logsumexp(0)
-        if clip is not None:
-            log_weights = log_weights.clamp(max=math.log(clip))
-        weights: Tensor = log_weights.exp()
+    logs = log_weights(target_NH, behaviour)
+    if clip is not None:
+        logs = logs.clamp(max=math.log(clip))
+    weights = logs.exp()
     if not torch.isfinite(weights).all():
         raise FloatingPointError(
-            f"a log importance weight is {float(log_weights.max()):.4g}: the step between the two "
+            f"a log importance weight is {float(logs.max()):.4g}: the step between the two "
             "policies is too long; lower lr, raise sigma, or set clip or defensive"
         )
     return weights
+
+
+@torch.no_grad()
+def log_weights(target_NH: Tensor, behaviour: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """(N, H) logarithms of `importance_weights` without a clip; arguments as there.
+
+    Raises:
+        ValueError: shares that do not sum to 1.
+    """
+    if not math.isclose(sum(share for share, _ in behaviour), 1):
+        raise ValueError(f"shares must sum to 1, not {[share for share, _ in behaviour]}")
+    prefixes = [math.log(share) + logp.cumsum(1) for share, logp in behaviour]
+    return target_NH.cumsum(1) - torch.stack(prefixes).logsumexp(0)

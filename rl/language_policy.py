@@ -173,17 +173,19 @@ class LanguagePolicy:
     ) -> tuple[list[Tensor], Tensor]:
         """The gradient of sum_n c_n log pi(y_n | x_n) at an adapter, and the (N,) logarithms."""
         self.model.set_adapter(adapter)
-        wanted = list(self.parameters(adapter).values())
-        total = [torch.zeros_like(parameter) for parameter in wanted]
-        found = []
-        for begin in range(0, len(answers), self.micro):
-            rows = slice(begin, begin + self.micro)
-            logp = self.log_probabilities(answers[rows])
-            found.append(logp.detach())
-            loss = (coefficients(rows, found[-1]) * logp).sum()
-            parts = torch.autograd.grad(loss, wanted)
-            torch._foreach_add_(total, list(parts))
-        self.model.set_adapter(POLICY)
+        try:
+            wanted = list(self.parameters(adapter).values())
+            total = [torch.zeros_like(parameter) for parameter in wanted]
+            found = []
+            for begin in range(0, len(answers), self.micro):
+                rows = slice(begin, begin + self.micro)
+                logp = self.log_probabilities(answers[rows])
+                found.append(logp.detach())
+                loss = (coefficients(rows, found[-1]) * logp).sum()
+                parts = torch.autograd.grad(loss, wanted)
+                torch._foreach_add_(total, list(parts))
+        finally:  # an error of `coefficients` leaves the policy that samples in its place
+            self.model.set_adapter(POLICY)
         return total, torch.cat(found)
 
 

@@ -28,6 +28,7 @@ from sparring.rl.estimators import (
     coefficients,
     discounted,
     importance_weights,
+    log_weights,
     surrogate,
 )
 from sparring.rl.ranges import check_count, check_range
@@ -43,6 +44,8 @@ from sparring.rl.ranks import (
 from sparring.rl.rollouts import Sampler, Trajectories, log_probabilities
 from sparring.rl.states import check_settings
 from sparring.rl.steps import Ascent, StepRule, norm
+
+_LARGEST_LOG = 300.0  # the square of its exponential is a float64 still
 
 Record = dict[str, float]
 Gradients = list[Tensor]
@@ -108,8 +111,9 @@ class PolicyGradient(ABC):
 
     A record has: iteration, trajectories and env_steps (so far, all ranks), return_mean (of this
     batch, not discounted, present policy), objective (discounted), gradient_norm (of `direction`),
-    lr, max_weight, ess (of the weights of whole trajectories, as a share of the batch; 1 without
-    weights), kl (estimate of KL(present || reference) over trajectories, nats) and seconds.
+    lr, max_weight, ess (of the weights of whole trajectories before `clip`, as a share of the
+    batch; 1 without weights), kl (estimate of KL(present || reference) over trajectories, nats) and
+    seconds.
     """
 
     name: ClassVar[str]
@@ -142,10 +146,10 @@ class PolicyGradient(ABC):
             raise ValueError(f"clip must be at least 1, not {clip!r}; None is off")
         self.policy, self.batch, self.horizon, self.gamma = policy, batch, horizon, gamma
         self.estimator, self.clip, self.defensive = estimator, clip, defensive
+        self._baseline = Baseline(baseline)
         self._old = self._defensive_share()
         width = math.ceil(batch / place()[1]) if num_envs is None else num_envs
         self._sampler = Sampler(open_environment(env, width), horizon)
-        self._baseline = Baseline(baseline)
         same_parameters(policy)
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
         trainable = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
@@ -235,8 +239,9 @@ class PolicyGradient(ABC):
                 finite. The method is as it was at the beginning of the iteration.
         """
         start, plan = perf_counter(), self._plan()
-        batch, old_share, own = together(lambda: self._sample(plan))
-        present, reference, figures = self._gradients(batch, plan, old_share)
+        batch, own = together(lambda: self._sample(plan))
+        olds = len(batch) - len(own)
+        present, reference, figures = self._gradients(batch, plan, olds)
         past = copy.deepcopy(self.recursion.state_dict())
         # Copies, since the next step of the recursion works in place.
         direction = [g.clone() for g in self._combine(present, reference)]
@@ -283,32 +288,38 @@ class PolicyGradient(ABC):
         if not self.defensive:
             return 0
         old = round(self.defensive * self.batch)
-        if not 0 < old < self.batch:
+        least = 2 if self._baseline.kind == "loo" else 1
+        if not least <= old <= self.batch - least:
             raise ValueError(
                 f"defensive = {self.defensive} of a batch of {self.batch} is {old} trajectories: "
-                "raise the batch, or set defensive so that both policies get at least one"
+                f"raise the batch, or set defensive so that both policies get at least {least}"
+                + (" (the baseline 'loo' leaves one out)" if least == 2 else "")
             )
         check_share("defensive", self.defensive, min(old, self.batch - old))
         return old
 
-    def _sample(self, plan: Plan) -> tuple[Trajectories, float, Trajectories]:
-        """This rank's trajectories, the reference's share of the batch, and the present's own."""
+    def _sample(self, plan: Plan) -> tuple[Trajectories, Trajectories]:
+        """This rank's trajectories, the reference's first, and the present policy's alone."""
         numbers = range(self.trajectories, self.trajectories + plan.count)
         old = self._old if plan.corrects else 0
         own = self._sampler.sample(self.policy, self.seed, share(numbers[old:]))
         if not old:
-            return own, 0.0, own
+            return own, own
         olds = self._sampler.sample(self._reference, self.seed, share(numbers[:old]))
-        return Trajectories.join([olds, own]), old / plan.count, own
+        return Trajectories.join([olds, own]), own
 
     def _gradients(
-        self, batch: Trajectories, plan: Plan, old_share: float
+        self, batch: Trajectories, plan: Plan, olds: int
     ) -> tuple[Gradients, Gradients | None, Record]:
-        """Mean estimates over all ranks' trajectories, at the present policy and the reference."""
+        """Mean estimates over all ranks' trajectories, at the present policy and the reference.
+
+        The first `olds` of this rank are the reference's.
+        """
         rewards = discounted(batch.rewards_NH, self.gamma)
         living = batch.alive_NH if self.estimator == "pgt" else torch.ones_like(batch.alive_NH)
         # One baseline for both gradients, or their difference would not cancel where they agree.
-        baseline = self._baseline.values(baseline_signal(self.estimator, rewards), living)
+        sources = [slice(olds), slice(olds, None)] if olds else [slice(None)]
+        baseline = self._baseline.values(baseline_signal(self.estimator, rewards), living, sources)
 
         def gradient(policy: nn.Module, logp: Tensor, weights: Tensor) -> Gradients:
             c = coefficients(self.estimator, rewards, baseline, weights)
@@ -321,17 +332,21 @@ class PolicyGradient(ABC):
             present = gradient(self.policy, logp, torch.ones_like(rewards))
             return sum_over_ranks(present), None, {"max_weight": 1.0, "ess": 1.0, "kl": 0.0}
         old = log_probabilities(self._reference, batch)
-        behaviour = [(1 - old_share, logp)] + ([(old_share, old)] if old_share else [])
+        old_share = self._old / plan.count if olds else 0.0
+        behaviour = [(1 - old_share, logp)] + ([(old_share, old)] if olds else [])
         weights, here = together(
             lambda: [importance_weights(p, behaviour, clip=self.clip) for p in (old, logp)]
         )
         present = gradient(self.policy, logp, here)
         both = sum_over_ranks([*present, *gradient(self._reference, old, weights)])
-        figures = self._weight_figures(weights, here[:, -1] * (logp - old).detach().sum(1), plan)
+        divergence = here[:, -1] * (logp - old).detach().sum(1)
+        figures = self._weight_figures(log_weights(old, behaviour), divergence, plan)
         return both[: len(present)], both[len(present) :], figures
 
     @staticmethod
-    def _weight_figures(weights_NH: Tensor, divergence_N: Tensor, plan: Plan) -> Record:
+    def _weight_figures(logs_NH: Tensor, divergence_N: Tensor, plan: Plan) -> Record:
+        """Of weights before they are clipped, which is where they tell how far the policies are."""
+        weights_NH = logs_NH.clamp(max=_LARGEST_LOG).exp()
         last = weights_NH[:, -1]
         total, squares, kl = sum_over_ranks([last.sum(), last.square().sum(), divergence_N.sum()])
         return {

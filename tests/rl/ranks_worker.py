@@ -20,6 +20,7 @@ CASES: list[dict[str, Any]] = [
     {"baseline": "loo"},
     {"baseline": "loo", "estimator": "pgt", "optimizer": "mars"},
     {"baseline": "running", "optimizer": "sgd", "defensive": 0.4},
+    {"baseline": "loo", "defensive": 0.4},
     {"baseline": "loo", "estimator": "reinforce", "clip": 1.2, "optimizer": "normalised"},
     {"env": "sparring/ContinuousCartPole-v0"},
 ]
@@ -47,8 +48,8 @@ TOO_FEW: list[tuple[type[PolicyGradient], dict[str, Any]]] = [
     (GPOMDP, {"batch": 1}),
     (StormPG, {"batch": 4, "init_batch": 1, "alpha": 0.5}),
     (SRVRPG, {"batch": 4, "init_batch": 1, "period": 2}),
-    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.25}),
-    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.75}),
+    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.25, "baseline": "none"}),
+    (StormPG, {"batch": 4, "init_batch": 4, "alpha": 0.5, "defensive": 0.75, "baseline": "none"}),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,30 @@ def test_baselines() -> None:
         Baseline("loo").values(rewards[:1], every[:1])
     with pytest.raises(ValueError, match=r"baseline must be one of .* not 'mean'"):
         Baseline("mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("olds", "size"), [(2, 4), (2, 5)])
+def test_leaving_one_out_of_two_policies_is_unbiased(olds: int, size: int) -> None:
+    """The mean estimate over all batches of a bandit with two arms, two policies having sampled."""
+    logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)  # old, new
+    logp = logits.log_softmax(1)
+    rewards = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    scores = torch.tensor([0.0, 1.0]) - logp[0].exp()[1]  # of the old policy's second logit
+    true = (logp[0].exp() * rewards * scores).sum()
+    every = torch.ones(size, 1, dtype=torch.bool)
+    sources = [slice(olds), slice(olds, None)]
+    mean = torch.zeros((), dtype=torch.float64)
+    for arms in itertools.product((0, 1), repeat=size):
+        taken = torch.tensor(arms)
+        chance = torch.cat([logp[0][taken[:olds]], logp[1][taken[olds:]]]).sum().exp()
+        old, new = (of[taken, None] for of in logp)
+        share = olds / size
+        weights = importance_weights(old, [(1 - share, new), (share, old)])
+        reward = rewards[taken, None]
+        baseline = Baseline("loo").values(reward, every, sources)
+        c = coefficients("gpomdp", reward, baseline, weights)
+        mean += chance * (c[:, 0] * scores[taken]).mean()
+    assert float(mean) == pytest.approx(float(true), abs=1e-12)
 
 
 def test_wrong_input_is_refused() -> None:

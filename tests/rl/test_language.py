@@ -339,6 +339,18 @@ def test_weights_beyond_all_floats_are_bounded_and_recorded() -> None:
     assert record["clipped"] == 1
 
 
+def test_an_error_at_the_previous_adapter_leaves_the_policy_in_place() -> None:
+    both = policy()
+    answers = both.sample(PROMPTS, 1, 3, seed=0)
+
+    def broken(*_: Any) -> Any:
+        raise FloatingPointError("too large")
+
+    with pytest.raises(FloatingPointError, match="too large"):
+        both.gradient(PREVIOUS, answers, broken)
+    assert both.model.active_adapter == POLICY
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     both = policy()
     storm, straight = method(both), method(policy())
