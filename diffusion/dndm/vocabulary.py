@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ class Vocabulary:
         """The text without padding."""
         return join((self.symbols[i] for i in ids if i != PAD), self.unit)
 
-    @property
+    @cached_property
     def _places(self) -> dict[str, int]:
         # Special names are never found in text: "<mask>" as a word of a corpus is unknown.
         return {s: i for i, s in enumerate(self.symbols) if i >= len(SPECIAL)}

@@ -6,6 +6,7 @@ Shapes: B pairs, C, H, W latents. The network sees winners and losers of a batch
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ class ImageTrainer:
         count = sums.pop("pairs")
         found = {name: value / count for name, value in sums.items()}
         if "opponent_winner" in found:
+            square = found.pop("margin_square") - found["margin"] ** 2
+            found["margin_std"] = math.sqrt(max(square, 0.0))
             found["displacement"] = found["winner"] - found["opponent_winner"]
         return found
 
@@ -170,12 +173,15 @@ class ImageTrainer:
         z = margin(winner, trained, their_winner, their_loser)
         assert isinstance(config.beta, (int, float)), "schedules are resolved before training"
         weight = None if self.weight is None else self.weight(t, self.process)
+        inside = config.beta / 2 * z if weight is None else config.beta / 2 * z * weight
         loss = decoupled_loss(z, beta=config.beta, weight_B=weight, link=config.link)
         if config.sft_weight:
             loss = loss + config.sft_weight * winner
         found = {
             "loss": loss,
             "accuracy": (z > 0).float(),
+            "margin": inside,
+            "margin_square": inside.square(),
             "winner": winner,
             "loser": loser,
             "opponent_winner": their_winner,

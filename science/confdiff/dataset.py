@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -73,9 +74,12 @@ class Representations:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with path.open("rb") as file:
+                data = np.load(file, allow_pickle=False)
+                if isinstance(data, np.ndarray):
+                    raise ValueError("it is a single array")
                 self._arrays: Mapping[str, np.ndarray] = {k: data[k] for k in data.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, BadZipFile) as error:
             raise SparringError(f"{path} is no .npz file of arrays: {error}") from None
         found = {kind: self._widths(kind) for kind in REPRESENTATIONS}
         self.node_dim, self.edge_dim = found["node"], found["edge"]

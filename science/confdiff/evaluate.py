@@ -48,6 +48,11 @@ class Ensemble:
         self.torsions: Array = np.stack([torsions_array(row) for row in rows]).astype(np.float64)
 
     @property
+    def chain(self) -> str:
+        """For messages."""
+        return self.sequence[:40] + (" with caps" if self.capped else "")
+
+    @property
     def ca(self) -> Array:
         """(S, N, 3) nm."""
         return self.atoms[:, :, 1]
@@ -59,9 +64,17 @@ class Ensemble:
         return np.where(np.isnan(found), self.torsions[..., 1:3], found)
 
     def replicas(self, where: Path) -> list[Array]:
-        """CA of each replica of a simulation; all in one for other artifacts."""
-        count = len(list(where.glob("replica*.npz"))) or 1
-        return np.array_split(self.ca, count)
+        """CA of each replica of a simulation, or of each trajectory that was read.
+
+        Structures that were read one by one are one ensemble.
+        """
+        count = len(list(where.glob("replica*.npz")))
+        if count:
+            return np.array_split(self.ca, count)
+        names = [row.chain for row in self.rows]
+        starts = [n for n in range(1, len(names)) if names[n] != names[n - 1]]
+        parts = np.split(self.ca, starts)
+        return parts if min(map(len, parts)) > 1 else [self.ca]
 
 
 def weights_of(ensemble: Ensemble, reweight: float) -> Array | None:
@@ -190,9 +203,9 @@ def run(
     """
     sample = Ensemble(read_conformations([inputs["samples"]]), inputs["samples"])
     reference = Ensemble(read_conformations([inputs["reference"]]), inputs["reference"])
-    if sample.sequence != reference.sequence:
+    if (sample.sequence, sample.capped) != (reference.sequence, reference.capped):
         raise SparringError(
-            f"the samples are of {sample.sequence[:40]}, the reference of {reference.sequence[:40]}"
+            f"the samples are of {sample.chain}, the reference of {reference.chain}"
         )
     logs = weights_of(sample, config.reweight)
     replicas = reference.replicas(inputs["reference"])

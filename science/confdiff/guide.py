@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparring.launch import artifacts
 from sparring.launch.config import resolved
+from sparring.launch.errors import SparringError
 from sparring.launch.optimisation import accumulate, descend, micro_batches
 from sparring.launch.seeds import derive
 from sparring.launch.sharding import Sharding
@@ -42,7 +43,7 @@ from sparring.science.confdiff.network import WEIGHTS, ConformationNetwork, load
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.structures import forces_array
 from sparring.science.confdiff.tangent import Score, Tangent, moved_along
-from sparring.science.confdiff.train import chains, drawn, save
+from sparring.science.confdiff.train import chains, drawn, provenance, save
 from sparring.science.confdiff.weights import Labels, contrasts
 
 KINDS = {"energy": EnergyNetwork, "force": ForceNetwork}
@@ -107,9 +108,9 @@ class GuideTrainer:
     ) -> tuple[Any, Frames, Tensor, Tensor]:
         """Structures noised, with their times and weights; each `group` of them has one time."""
         device = self.sharding.device
-        batch = self.data.batch(rows)
+        batch, lengths = self.data.batch(rows), [self.data.lengths[row] for row in rows]
         t, noise = drawn(
-            self.context.seed, number, rows, batch.mask.shape[1], self.process, self.settings.times
+            self.context.seed, number, rows, lengths, self.process, self.settings.times
         )
         t = t[::group].repeat_interleave(group)
         batch, t, noise = batch.to(device), t.to(device), noise.to(device)
@@ -200,11 +201,26 @@ def _sums(found: Mapping[str, Tensor]) -> dict[str, float]:
     return {**sums, "count": float(len(found["loss"]))}
 
 
+def _check_same_law(base: float | None, source: float, context: Context) -> None:
+    """The guide tilts the law that the base samples, so its data must be of that law."""
+    if base is None:
+        context.emit(
+            note=f"the base was trained on data of no temperature, or of several: samples follow "
+            f"the new temperature only as far as it samples the law of {source:g} K"
+        )
+    elif base != source:
+        raise SparringError(
+            f"the base was trained on data of {base:g} K, and these are of {source:g} K: weights "
+            "would lead from another law than the base samples; give data of the base's temperature"
+        )
+
+
 def run(config: GuideConfig, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Train; writes config.json, model.safetensors and metrics.jsonl.
 
     Raises:
-        SparringError: as :class:`Labels`; a chain of one structure, of which no energy is learnt.
+        SparringError: as :class:`Labels`; a chain of one structure, of which no energy is learnt;
+            data of another temperature than the base's.
     """
     settings = resolved(config, 0)
     path = inputs.get("representations")
@@ -216,6 +232,7 @@ def run(config: GuideConfig, inputs: Mapping[str, Path], output: Path, context: 
         for numbers in labels.chains.values():
             contrasts(numbers, settings.contrast)  # refuses what it cannot learn from at once
     base = load(inputs["model"])
+    _check_same_law(base.config.data.get("temperature"), labels.source, context)
     trainer = GuideTrainer(settings, base, data, labels, context)
     done = descend(
         trainer.sharding,
@@ -227,7 +244,7 @@ def run(config: GuideConfig, inputs: Mapping[str, Path], output: Path, context: 
         context=context,
         output=output,
     )
-    trainer.config.data = dict(base.config.data)
+    trainer.config.data = provenance(data)
     trainer.config.target = settings.temperature
     trainer.config.base = artifacts.hash_file(inputs["model"] / WEIGHTS)
     save(trainer.sharding, KINDS[settings.kind](trainer.config), output, context)

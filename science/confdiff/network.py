@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sparring.launch.errors import SparringError
+from sparring.launch.weights import read_network
 from sparring.science.confdiff.attention import initialise, linear
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.rows import TORSIONS
@@ -228,7 +228,4 @@ def load_as(kind: type[FrameModel], folder: Path) -> Any:
     made = (config.architectures or ["?"])[0]
     if made != kind.__name__:
         raise SparringError(f"{folder} holds a {made}, not a {kind.__name__}")
-    try:
-        return kind.from_pretrained(str(folder), config=config).eval()
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise SparringError(f"{folder}: its weights cannot be read: {error}") from None
+    return read_network(kind, folder, config=config)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from sparring.launch.errors import SparringError
+from sparring.launch.processes import World
 from sparring.science.confdiff import atoms as atom14
 from sparring.science.confdiff.residues import ATOMS, SLOTS
 from sparring.science.confdiff.rows import TORSIONS, Conformation
@@ -263,7 +264,16 @@ def context(system: Any, integrator: Any, platform: Platform = "CPU") -> Any:
             "(CUDA comes with openmm-cuda-12 or openmm-cuda-13)"
         )
     chosen = openmm.Platform.getPlatformByName(platform)
-    return openmm.Context(system, integrator, chosen, _PROPERTIES[platform])
+    return openmm.Context(system, integrator, chosen, _PROPERTIES[platform] | _device(platform))
+
+
+def _device(platform: Platform) -> dict[str, str]:
+    """The accelerator of this rank, where a host has several ranks: all of them see all of its."""
+    world = World.from_environment()
+    if platform not in ("CUDA", "OpenCL") or world.local_size == 1:
+        return {}
+    count = torch.cuda.device_count() or world.local_size
+    return {"DeviceIndex": str(world.local_rank % count)}
 
 
 class Evaluation(NamedTuple):

@@ -85,7 +85,10 @@ class Networks:
                 f"gamma = {settings.gamma:g} "
                 + ("needs --unconditional" if settings.gamma < 1 else "uses no --unconditional")
             )
-        unconditional = load(inputs["unconditional"]) if settings.gamma < 1 else None
+        unconditional = None
+        if settings.gamma < 1:
+            unconditional = load(inputs["unconditional"])
+            _check_unconditional(unconditional.config, base.config, inputs["unconditional"])
         guide, kind = None, "none"
         if "guide" in inputs:
             kind = _kind(inputs["guide"])
@@ -118,6 +121,19 @@ class Networks:
                 "another"
             )
         return None if made is None else float(made)
+
+
+def _check_unconditional(config: ConformationConfig, base: ConformationConfig, where: Path) -> None:
+    if config.sequence:
+        raise SparringError(
+            f"{where} is told the sequence, so that the mixture would be of two conditional "
+            "networks; train it with --sequence False"
+        )
+    if config.process != base.process:
+        raise SparringError(
+            f"{where} was trained for another noise ({config.process}) than the base "
+            f"({base.process}), so that their scores do not mix; train both with the same --t-min"
+        )
 
 
 def _kind(folder: Path) -> str:
@@ -325,7 +341,8 @@ def _add_seconds(context: Context, seconds: float) -> None:
 def finish(
     config: SampleStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
-    """Put shards together: conformations.parquet, topology.pdb, samples.xtc and .npz, run.json."""
+    """Put shards together: conformations.parquet, topology.pdb, samples.xtc and .npz,
+    sequence.fasta, run.json."""
     rows = shards.merge(-(-config.num_samples // config.batch), Conformation, context.work)
     assert len(rows) == config.num_samples
     first = rows[0]
@@ -351,6 +368,7 @@ def finish(
     with (output / "samples.npz").open("wb") as file:
         np.savez(file, **arrays)
     write_rows(output / CONFORMATIONS, Conformation, rows)
+    (output / "sequence.fasta").write_text(f">{first.chain}\n{first.sequence}\n")
     artifacts.write_json(
         output / "run.json",
         {

@@ -69,10 +69,10 @@ TRAIN = Stage(
     summary="train the network of the score on conformations",
     function=f"{_HERE}.train:run",
     config=ConformationTrainConfig,
-    version="3",
+    version="4",
     inputs={
         "data*": _ROWS,
-        "model?": "folder of a network to start from; its size stays",
+        "model?": "folder of a network to start from, of this sequence and t_min; its size stays",
         "representations?": ".npz file of pretrained arrays, see docs/science/confdiff.md",
     },
     packages=(*_TORCH, "transformers", "deepspeed", "accelerate"),
@@ -82,7 +82,7 @@ GUIDE = Stage(
     summary="train a network of energy or force on labelled conformations",
     function=f"{_HERE}.guide:run",
     config=GuideConfig,
-    version="4",
+    version="5",
     inputs={
         "model": "folder of the base network, made by conf-train",
         "data*": f"{_ROWS}, with energies and a temperature",

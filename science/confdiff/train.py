@@ -45,20 +45,29 @@ _FROM_ATOMS = ("N", "CA", "C", "O")
 
 
 def drawn(
-    seed: int, number: int, rows: Sequence[int], size: int, process: Process, grid: Grid = "uniform"
+    seed: int,
+    number: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    process: Process,
+    grid: Grid = "uniform",
 ) -> tuple[Tensor, Tangent]:
     """Times (B,) and normal numbers (B, N, 3) of a step's rows, each from its own seed.
+
+    Rows have `lengths` residues; what lies beyond is zero.
 
     t is t_min + (1 - t_min) u, or u^2 in place of u (quadratic), with u uniform on [0, 1]. Losses
     have their minimum at each t alone, so that the density of t moves no minimum. Padding does not
     change what a row draws.
     """
     generator = torch.Generator()
-    times, noise = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), size, 6)
-    for place, row in enumerate(rows):
+    times = torch.empty(len(rows), dtype=torch.float64)
+    noise = torch.zeros(len(rows), max(lengths), 6)
+    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         generator.manual_seed(derive(seed, "noise", number, row))
         times[place] = torch.rand((), generator=generator, dtype=torch.float64)
-        noise[place] = torch.randn(size, 6, generator=generator)
+        # Of the row's own length: a shorter draw is no beginning of a longer one.
+        noise[place, :length] = torch.randn(length, 6, generator=generator)
     t = process.t_min + (1 - process.t_min) * (times if grid == "uniform" else times**2)
     return t, Tangent(noise[..., :3], noise[..., 3:])
 
@@ -176,9 +185,10 @@ class ConformationTrainer:
 
     def _forward(self, number: int, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         device = self.sharding.device
-        batch = self.data.batch(rows)
-        size = batch.mask.shape[1]
-        t, noise = drawn(self.context.seed, number, rows, size, self.process, self.settings.times)
+        batch, lengths = self.data.batch(rows), [self.data.lengths[row] for row in rows]
+        t, noise = drawn(
+            self.context.seed, number, rows, lengths, self.process, self.settings.times
+        )
         batch, t, noise = batch.to(device), t.to(device), noise.to(device)
         x_t = self.process.noised(batch.frames, t, batch.mask, noise)
         told = chains(self.config, batch).inputs(self.config)
@@ -208,6 +218,21 @@ def new_network(
     return ConformationNetwork(config)
 
 
+def _check_settings(
+    settings: ConformationTrainConfig, config: ConformationConfig, start: Path | None
+) -> None:
+    """Refuse settings that a network to start from does not follow; only its size is its own."""
+    for name, asked, has in (
+        ("sequence", settings.sequence, config.sequence),
+        ("t_min", settings.t_min, config.diffusion.t_min),
+    ):
+        if asked != has:
+            raise SparringError(
+                f"{start} was made with {name} = {has}, which training goes on with, not {asked}; "
+                f"give --{name.replace('_', '-')} {has}"
+            )
+
+
 def provenance(data: Dataset) -> dict[str, object]:
     """What a network remembers of its data: the temperature, if it has one, and a lone chain."""
     temperatures = {row.temperature for row in data.rows}
@@ -235,6 +260,7 @@ def run(
         if start
         else new_network(settings, representations, derive(context.seed, "start") % 2**63)
     )
+    _check_settings(settings, network.config, start)
     network.config.data = provenance(data)
     plan = bucketed(data.lengths, settings.batch, settings.steps, context.seed)
     trainer = ConformationTrainer(settings, data, network, context)

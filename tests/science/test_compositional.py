@@ -218,6 +218,11 @@ def test_the_torch_optimizer_resumes_exactly() -> None:
     )
     with pytest.raises(ValueError, match="sarah-c"):
         third.load_state_dict(optimizer.state_dict())
+    wider = CompositionalOptimizer(
+        Net().parameters(), TANH.outer, inner_count=40, outer_count=40, lr=0.2, q=6, batch=3
+    )
+    with pytest.raises(ValueError, match=r"of batch \(2, 2, 2\), this optimizer of \(3, 3, 3\)"):
+        wider.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="closure"):
         optimizer.step()
 

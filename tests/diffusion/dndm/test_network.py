@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_text import TINY
 from transformers import AutoConfig
 
@@ -140,6 +141,14 @@ def test_what_is_no_network_of_this_data_is_refused(tmp_path: Path) -> None:
     other = Vocabularies(Vocabulary.of(["A"], "words"), None)
     with pytest.raises(SparringError, match="another vocabulary"):
         load(tmp_path, other)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if not k.startswith("head.")},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(SparringError, match=r"lacks 2 weights, the first is head\.bias"):
+        load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(SparringError, match="weights cannot be read"):
         load(tmp_path)

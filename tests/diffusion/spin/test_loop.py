@@ -98,7 +98,7 @@ def test_an_iteration_of_every_layout(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # Oracle 12: at the start the loss is log 2, no pair is won, and the gradient is not zero.
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    assert rows[0]["accuracy"] == rows[0]["displacement"] == 0
+    assert rows[0]["accuracy"] == rows[0]["displacement"] == rows[0]["margin_std"] == 0
     assert rows[0]["grad_norm"] > 1e-6
     assert rows[-1]["loss"] != pytest.approx(np.log(2), abs=1e-7)
     assert largest_difference(layout(name), out) > 1e-4

@@ -15,6 +15,7 @@ import torch
 from confdiff_inputs import fails, rows, weights
 from safetensors.torch import load_file, save_file
 
+from sparring.launch.cli import main
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.dataset import Dataset
 from sparring.science.confdiff.guidance import no_step, slope
@@ -47,6 +48,7 @@ def test_a_guide_beats_knowing_nothing(
     assert (np.mean if kind == "energy" else np.median)(gained) > 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["target"] == 200
+    assert config["data"] == {"temperature": 400.0, "chain": "AGA", "capped": True}
 
 
 def test_contrasts_do_not_depend_on_micro_batches(
@@ -94,7 +96,7 @@ def test_a_force_is_drawn_to_the_slope_of_its_energy(
         conf("guide", out, *options, "--consistency", weight, data=simulated, model=base)
         network = ForceNetwork.from_pretrained(out).eval()
         process = network.config.diffusion
-        t, noise = drawn(1, 1, range(60), batch.mask.shape[1], process)
+        t, noise = drawn(1, 1, range(60), [batch.mask.shape[1]] * 60, process)
         x = process.noised(batch.frames, t, batch.mask, noise)
         told, step = chains(network.config, batch).inputs(network.config), no_step(x)
         at = moved_along(x, step)
@@ -107,10 +109,22 @@ def test_a_force_is_drawn_to_the_slope_of_its_energy(
     assert apart["10"] < 0.2 * apart["0"]
 
 
+def test_padding_does_not_change_what_a_row_draws() -> None:
+    process = Process()
+    lengths = [5, 10, 64]
+    t, noise = drawn(0, 1, range(3), [*lengths[:2], 65], process)
+    for row, length in enumerate(lengths[:2]):
+        time, alone = drawn(0, 1, [row], [length], process)
+        assert time == t[row]
+        assert torch.equal(alone.translation[0], noise.translation[row, :length])
+        assert torch.equal(alone.rotation[0], noise.rotation[row, :length])
+        assert not noise.translation[row, length:].any()
+
+
 def test_times_are_drawn_where_energies_are_seen() -> None:
     process = Process(t_min=0.002)
-    uniform, _ = drawn(0, 1, range(500), 1, process)
-    quadratic, _ = drawn(0, 1, range(500), 1, process, "quadratic")
+    uniform, _ = drawn(0, 1, range(500), [1] * 500, process)
+    quadratic, _ = drawn(0, 1, range(500), [1] * 500, process, "quadratic")
     share = (uniform - 0.002) / 0.998
     torch.testing.assert_close(quadratic, 0.002 + 0.998 * share**2)
     assert float((quadratic < 0.15).double().mean()) > 2 * float((uniform < 0.15).double().mean())
@@ -213,3 +227,28 @@ def test_guidance_needs_energies_and_one_temperature(
     assert (code, "data of one temperature" in said) == (1, True)
     code, said = fails(capsys, *common, "--data", warm, *inline)
     assert (code, "conf label computes them" in said) == (1, True)
+
+
+def test_a_guide_learns_from_the_law_that_its_base_samples(
+    simulated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    conf: Conf,
+    training: tuple[str, ...],
+) -> None:
+    words = ("conf", "guide", "--data", simulated, "--temperature", "300", "--steps", "1",
+             *training, "--launch.inline", "conf-guide")  # fmt: skip
+    said = {}
+    for name, options in {"cold": ("--temperature", "350"), "unknown": ()}.items():
+        data, network = tmp_path / f"{name}-data", tmp_path / name
+        conf("structures", data, *options, "--stride", "2", pdb=simulated / "topology.pdb",
+             traj=simulated / "replica0.xtc")  # fmt: skip
+        conf("train", network, "--steps", "1", *training, data=data)
+        capsys.readouterr()
+        made = (*words, "--model", network, "--out", tmp_path / f"{name}-guide")
+        code, printed = main([str(word) for word in made]), capsys.readouterr()
+        said[name] = (code, printed.out + printed.err)
+    assert said["cold"][0] == 1
+    assert "trained on data of 350 K, and these are of 400 K" in said["cold"][1]
+    assert said["unknown"][0] == 0
+    assert "only as far as it samples the law of 400 K" in said["unknown"][1]

@@ -162,6 +162,16 @@ def test_nan_and_overlapping_atoms(alanines: Molecule) -> None:
         potential(positions)
 
 
+def test_ranks_of_a_host_have_accelerators_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert physics._device("CUDA") == {}
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "LOCAL_RANK": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    assert physics._device("CPU") == {}
+    for count, index in ((0, "3"), (2, "1"), (8, "3")):
+        monkeypatch.setattr(physics.torch.cuda, "device_count", lambda count=count: count)
+        assert physics._device("CUDA") == {"DeviceIndex": index}
+
+
 def test_wrong_molecules(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SparringError, match="peptide A has one residue"):
         Molecule("A")

@@ -14,7 +14,9 @@ import torch
 from confdiff_inputs import fails, rows, weights
 
 from sparring.launch.artifacts import hash_json
-from sparring.science.confdiff.dataset import bucketed
+from sparring.launch.errors import SparringError
+from sparring.science.confdiff.dataset import Representations, bucketed
+from sparring.science.confdiff.evaluate import Ensemble
 from sparring.science.confdiff.structures import atoms_array
 from sparring.science.confdiff.validity import sound
 
@@ -149,6 +151,7 @@ def test_sampled_files_open_in_mdtraj_and_hold_the_same(
         assert data["energies"].shape == (4,)
     run = json.loads((out / "run.json").read_text())
     assert run["sequence"] == "AGA"
+    assert (out / "sequence.fasta").read_text() == ">AGA\nAGA\n"
     assert run["rank_seconds"] > 0
     assert run["settings_hash"] == hash_json(run["settings"])
 
@@ -212,6 +215,50 @@ def test_wrong_sampling_is_refused(
     assert code in (1, 2)
     assert message in said
     assert not (out / "manifest.json").exists()
+
+
+def test_networks_that_do_not_mix_are_refused(
+    simulated: Path,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    conf: Conf,
+    training: tuple[str, ...],
+) -> None:
+    options = ("--steps", "1", "--sequence", "False", "--t-min", "0.05", *training)
+    conf("train", tmp_path / "other", *options, data=simulated)
+    common = ("conf", "sample", "--model", base, "--gamma", "0.5", "--out", tmp_path / "o",
+              "--launch.inline", "conf-sample")  # fmt: skip
+    for given, message in ((base, "is told the sequence"), (tmp_path / "other", "another noise")):
+        code, said = fails(capsys, *common, "--unconditional", given)
+        assert (code, message in said) == (1, True)
+    common = ("conf", "train", "--data", simulated, "--model", base, "--out", tmp_path / "o",
+              "--launch.inline", "conf-train")  # fmt: skip
+    for option, message in (
+        (("--sequence", "False"), "sequence = True, which training goes on with, not False"),
+        (("--t-min", "0.3"), "which training goes on with, not 0.3; give --t-min"),
+    ):
+        code, said = fails(capsys, *common, *option)
+        assert (code, message in said) == (1, True)
+
+
+def test_arrays_that_are_none_are_one_sentence(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.npz"
+    np.savez(cut, **{"AGA.node": np.zeros((3, 8))})
+    cut.write_bytes(cut.read_bytes()[:-20])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for path in (cut, tmp_path / "one.npy"):
+        with pytest.raises(SparringError, match=r"is no \.npz file of arrays"):
+            Representations(path)
+
+
+def test_trajectories_of_a_reference_are_its_replicas(simulated: Path) -> None:
+    every = rows(simulated)
+    read = [replace(row, chain=f"run{n > 70}") for n, row in enumerate(every)]
+    assert [len(part) for part in Ensemble(read, Path()).replicas(Path("none"))] == [71, 49]
+    single = [replace(row, chain=f"{n}") for n, row in enumerate(every)]
+    assert [len(part) for part in Ensemble(single, Path()).replicas(Path("none"))] == [120]
+    assert [len(part) for part in Ensemble(every, simulated).replicas(simulated)] == [60, 60]
 
 
 def test_a_trajectory_of_ones_own_is_the_same_as_the_rows_of_the_simulation(
