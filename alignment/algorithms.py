@@ -25,6 +25,8 @@ class Algorithm:
     """``module:function`` from PairTerms and TrainConfig to a (B,) loss."""
     rule: str
     """Its own pair rule: "real-generated", or one of `PAIR_RULES`."""
+    beta: float = 0.1
+    """Its paper's, where training is given none."""
     mix_previous: bool = False
     """Whether iteration t also trains on iteration t-1's pairs."""
     uses_rejected: bool = True
@@ -62,6 +64,7 @@ _BUILT_IN = (
         paper="arXiv 2405.00675",
         loss=f"{_OBJECTIVES}:sppo",
         rule="best-worst",
+        beta=1e-3,
         per_response=True,
     ),
     Algorithm(
@@ -70,6 +73,7 @@ _BUILT_IN = (
         paper="arXiv 2405.00675",
         loss=f"{_OBJECTIVES}:sppo_single",
         rule="best-worst",
+        beta=1e-3,
     ),
     Algorithm(
         name="sppo-hard",
@@ -77,6 +81,7 @@ _BUILT_IN = (
         paper="arXiv 2405.00675",
         loss=f"{_OBJECTIVES}:sppo_hard",
         rule="best-worst",
+        beta=1e-3,
     ),
     Algorithm(
         name="spin",

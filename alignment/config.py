@@ -204,8 +204,9 @@ class PairConfig(PairSettings):
 class TrainConfig(TrainingConfig):
     """One iteration's training."""
 
-    beta: Schedule = 1e-3
-    """β = 1/η: DPO's and IPO's β, SPIN's λ, SPPO's 1/η. SPPO's paper: η = 1e3."""
+    beta: Schedule | None = None
+    """β = 1/η: DPO's and IPO's β, SPIN's λ, SPPO's 1/η. Default: 0.001 for SPPO (η = 1e3), 0.1 for
+    SPIN, DPO and IPO."""
     link: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """SPIN's ℓ."""
     lr: Schedule = 5e-7
@@ -232,7 +233,8 @@ class TrainConfig(TrainingConfig):
         for name in ("max_length", "logits_chunk"):
             positive(f"train.{name}", getattr(self, name))
         for name in ("beta", "epochs"):
-            for value in schedule_values(f"train.{name}", getattr(self, name)):
+            given = getattr(self, name)
+            for value in () if given is None else schedule_values(f"train.{name}", given):
                 positive(f"train.{name}", value)
         for name in ("lora_rank", "schedule_epochs"):
             within(f"train.{name}", getattr(self, name), 0, math.inf)

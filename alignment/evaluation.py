@@ -198,8 +198,12 @@ def _model_figures(
     figures: Figures = {}
     if human:
         limit = config.max_response_tokens
+        end = tokens.ending(tokenizer, inputs["model"], config.template)
         texts = [
-            (rows[0].prompt_ids, tokens.response_ids(tokenizer, prompt.real or "", limit=limit))
+            (
+                rows[0].prompt_ids,
+                tokens.response_ids(tokenizer, prompt.real or "", end=end, limit=limit),
+            )
             for prompt, rows in current
         ]
         logps = score(inputs["model"], texts)

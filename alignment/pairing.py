@@ -17,6 +17,7 @@ from sparring.alignment.prompting import read_prompt_set
 from sparring.alignment.response_files import read_responses, with_ids
 from sparring.alignment.rows import Judged, Pair, Response
 from sparring.alignment.stages import PairStage
+from sparring.launch import artifacts
 from sparring.launch.errors import SparringError, UsageError
 from sparring.launch.rows import read_rows, write_rows
 from sparring.launch.seeds import derive
@@ -77,6 +78,7 @@ def _real_generated(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
 ) -> Iterable[Pair | Dropped]:
     tokenizer = tokens.load_tokenizer(inputs["model"])
+    end = tokens.ending(tokenizer, inputs["model"], config.template)
     prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
     for response in responses:
         if response.prompt_id not in prompts:
@@ -90,7 +92,7 @@ def _real_generated(
             )
         if response.k == 0:
             limit = config.max_response_tokens
-            real = tokens.response_ids(tokenizer, prompt.real, limit=limit)
+            real = tokens.response_ids(tokenizer, prompt.real, end=end, limit=limit)
             yield rules.real_generated(prompt, response, real)
 
 
@@ -108,12 +110,24 @@ def _encoded(
     return with_ids(responses, prompts, inputs["model"], template=config.template, limit=limit)
 
 
+def _check_verdicts(inputs: Mapping[str, Path]) -> None:
+    """The verdicts are of these responses, as far as their manifest says (merged ones do not)."""
+    artifact = artifacts.read(inputs["judged"])
+    judged = artifact.manifest.get("inputs", {}).get("responses") if artifact else None
+    if judged is not None and judged != artifacts.content_digest(inputs["responses"]):
+        raise SparringError(
+            f"{inputs['judged']} holds verdicts on other responses than {inputs['responses']}; "
+            "judge these"
+        )
+
+
 def _judged(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response], seed: int
 ) -> Iterable[Pair | Dropped]:
     rule = load(pair_rule(config.rule))
     if any(not row.prompt_ids for row in responses):
         responses = _encoded(config, inputs, responses)
+    _check_verdicts(inputs)
     judged = {r.prompt_id: r for r in read_rows(inputs["judged"] / "judged.parquet", Judged)}
     groups = group_responses(read_prompt_set(inputs["prompts"]), responses)
     for prompt, rows in groups:

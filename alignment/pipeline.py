@@ -98,6 +98,7 @@ class _Chain:
         mixed = self.algorithm.mix_previous if mixed is None else mixed
         settings = {k: v for k, v in vars(recipe.pair).items() if k != "mix_previous"}
         settings["rule"] = recipe.pair.rule or self.algorithm.rule
+        settings["template"] = recipe.generate.template
         return self.add(
             f"iter{t}",
             PAIR,

@@ -70,6 +70,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise SparringError(
+                    f"{path}:{number}: {half!r} is half of a character, which no UTF-8 text has; "
+                    "write the row with its other half, or without it"
+                ) from None
             except ValueError as error:  # malformed JSON or UTF-8
                 raise SparringError(f"{path}:{number}: not a JSON object: {error}") from error
             yield f"{path}:{number}", row

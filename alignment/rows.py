@@ -28,11 +28,13 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What a judge reads: the last turn alone, or the labelled turns when there are more."""
+        """What a judge reads, and a policy without a chat template: the last turn alone, or the
+        labelled turns when there are more, below what the system says."""
+        system = [m.content for m in self.messages if m.role == "system"]
         turns = [m for m in self.messages if m.role != "system"]
-        if len(turns) == 1:
-            return turns[0].content
-        return "\n".join(f"{m.role}: {m.content}" for m in turns)
+        one = len(turns) == 1
+        asked = turns[0].content if one else "\n".join(f"{m.role}: {m.content}" for m in turns)
+        return "\n\n".join([*system, asked])
 
 
 @dataclass(frozen=True)

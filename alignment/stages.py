@@ -116,7 +116,8 @@ class PairStage(PairSettings):
     """"best-worst", "all", "random-pair" or "shuffled" of judged responses, a plug-in's name or
     module:function; "real-generated": a human response against the policy's."""
     template: Literal["chat", "instruction"] = "chat"
-    """How prompts are written for responses that come as texts, without token ids."""
+    """How prompts are written for responses that come as texts, without token ids, and how human
+    responses end: as the policy's own turns, or with the tokenizer's EOS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,7 +218,7 @@ GENERATE = Stage(
     function="sparring.alignment.generate:run",
     finish="sparring.alignment.generate:finish",
     config=GenerateStage,
-    version="3",
+    version="4",
     inputs={"model": "policy folder", "prompts": _PROMPTS},
     packages=_SAMPLERS,
 )
@@ -239,7 +240,7 @@ JUDGE = Stage(
     finish="sparring.alignment.judging:finish",
     text="sparring.alignment.health:judged_text",
     config=JudgeStage,
-    version="2",
+    version="3",
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
@@ -254,7 +255,7 @@ PAIR = Stage(
     summary="turn judged or human responses into training pairs",
     function="sparring.alignment.pairing:run",
     config=PairStage,
-    version="2",
+    version="3",
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
@@ -304,7 +305,7 @@ EVALUATE = Stage(
     function="sparring.alignment.evaluation:run",
     config=EvaluateStage,
     text="sparring.alignment.results:evaluation_text",
-    version="2",
+    version="3",
     inputs={
         "prompts?": f"{_PROMPTS}; needed with responses",
         "current?": f"responses to evaluate: {_RESPONSES}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +71,16 @@ def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
     A message that spells a special token ("<|im_end|>") would otherwise end its own turn.
     """
-    spelt = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-    found = sorted({token for token in spelt for m in messages if token in m["content"]}, key=len)
+    texts = [m["content"] for m in messages]
+    found = sorted({s for s in _special(tokenizer) for t in texts if s in t}, key=len)
     if not found:
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        )
+        return list(_filled(tokenizer, messages, prompt.prompt_id)["input_ids"])
     # Characters of the private use area stand for the spelt tokens until the template is filled in.
     marks = {chr(0xE000 + n): token for n, token in enumerate(reversed(found))}
     for mark, token in marks.items():
         messages = [{**m, "content": m["content"].replace(token, mark)} for m in messages]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = _filled(tokenizer, messages, prompt.prompt_id, tokenize=False)
     return [
         token
         for piece in re.split(f"([{''.join(marks)}])", text)
@@ -90,14 +90,55 @@ def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     ]
 
 
-def response_ids(tokenizer: Any, text: str, *, limit: int) -> list[int]:
-    """Token ids of a given response with one EOS at its end; cut at `limit` without EOS.
+@lru_cache(maxsize=4)
+def _special(tokenizer: Any) -> frozenset[str]:
+    """Its special tokens; some have thousands, and collecting them takes milliseconds."""
+    return frozenset(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+
+
+def _filled(tokenizer: Any, messages: list[dict[str, str]], name: str, **options: Any) -> Any:
+    """The chat template's answer up to where the response begins.
+
+    Raises:
+        SparringError: it refuses these messages.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise SparringError(
+            f"the model's chat template refuses prompt {name!r} with the roles {roles}: {error}; "
+            "give the model what it was made for, such as the system's text in the user's turn"
+        ) from None
+
+
+def ending(tokenizer: Any, model_path: Path | str, template: str) -> int:
+    """The id that ends a response as samples end: the one that the chat template closes an
+    assistant's turn with, where that is one of `eos_ids`; else the tokenizer's EOS.
+
+    With another one, human responses could be told from samples by their last token.
+    """
+    ends = eos_ids(tokenizer, model_path)
+    if template == "chat" and len(ends) > 1:
+        question = [{"role": "user", "content": "a"}]
+        answer = [*question, {"role": "assistant", "content": "b"}]
+        before = _filled(tokenizer, question, "a")["input_ids"]
+        whole = tokenizer.apply_chat_template(answer)["input_ids"]
+        same = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(before, whole, strict=False))
+        return next((int(i) for i in whole[len(list(same)) :] if i in ends), ends[0])
+    return ends[0]
+
+
+def response_ids(tokenizer: Any, text: str, *, end: int, limit: int) -> list[int]:
+    """Token ids of a given response with `end` at its end; cut at `limit` without it.
 
     Special tokens that the text spells are text.
     """
     made = tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)
     ids = [int(i) for i in made["input_ids"]]
-    return ids[:limit] if len(ids) >= limit else [*ids, int(tokenizer.eos_token_id)]
+    return ids[:limit] if len(ids) >= limit else [*ids, end]
 
 
 def check_length(prompt_id: str, ids: Sequence[int], *, limit: int) -> None:
@@ -109,6 +150,7 @@ def check_length(prompt_id: str, ids: Sequence[int], *, limit: int) -> None:
     if len(ids) > limit:
         raise SparringError(
             f"prompt {prompt_id!r} has {len(ids)} tokens, more than the {limit} allowed; shorten "
-            "or remove it, or raise prompts.max_tokens of the recipe or --max-prompt-tokens of the "
-            "command (the context must hold prompt and response)"
+            "or remove it, raise prompts.max_tokens of the recipe or --max-prompt-tokens of the "
+            "command (the context must hold prompt and response), or leave such prompts out with "
+            'too_long = "drop" in the recipe or --too-long drop'
         )

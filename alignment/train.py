@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -129,8 +130,10 @@ def _trainable(model: Any, config: TrainConfig) -> Any:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # Families keep the share for functional dropout under names of their own.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.lora_alpha)
     if config.gradient_checkpointing:
@@ -151,6 +154,8 @@ def _save(trainer: Trainer, model: Path, output: Path) -> None:
 def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Train from the model folder `model` on the pairs; writes a model folder and metrics.jsonl."""
     config = resolved(config, 0)
+    if config.beta is None:
+        config = dataclasses.replace(config, beta=algorithm(config.algorithm).beta)
     everything = read_rows(inputs["pairs"] / "pairs.parquet", ReferencedPair)
     pairs = _kept(everything, config.max_length)
     steps, total = planned_steps(len(pairs), config)

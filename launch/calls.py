@@ -53,6 +53,7 @@ def make(
     Returns:
         The artifact, and whether it was computed now.
     """
+    out = out.absolute()  # "." has no name
     step = Step(out.name, stage, settings, {}, seed)
     lock = out.with_name(f".{out.name}.lock")
     tracks = out.parent / runs.TRACKING / out.name
@@ -75,6 +76,7 @@ def run_stage(
     name: str,
     out: str | Path,
     inputs: Mapping[str, Input | Sequence[Input]] | None = None,
+    /,
     *,
     seed: int = 0,
     launch: LaunchConfig | None = None,
@@ -91,7 +93,8 @@ def run_stage(
         seed: of everything random in this stage.
         launch: processes and interpreters. By default the stage runs in this process.
         quiet: no progress on standard error.
-        settings: of the stage, by the names of its options; sections are mappings.
+        settings: of the stage, by the names of its options (a judge's `name` too); sections are
+            mappings.
 
     Raises:
         UsageError: an unknown stage, input or setting.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparring.launch.errors import SparringError
+
 
 def add_lora(
     model: Any, rank: int, alpha: float, targets: Sequence[str] | str = "all-linear"
@@ -19,10 +21,21 @@ def add_lora(
         rank: of the adapters.
         alpha: the product of an adapter's matrices is scaled by alpha / rank.
         targets: names of layers, or "all-linear".
+
+    Raises:
+        SparringError: a layer is a transposed one, whose adapters `merge_lora` does not know.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     chosen = targets if isinstance(targets, str) else list(targets)
+    for name, layer in model.named_modules():
+        wanted = chosen == "all-linear" or name.rpartition(".")[2] in chosen
+        if wanted and isinstance(layer, Conv1D):
+            raise SparringError(
+                f"LoRA is for linear layers, and {name} is a Conv1D, as in GPT-2, whose weight is "
+                "the other way round; train all weights (lora_rank = 0)"
+            )
     return inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), model
     )

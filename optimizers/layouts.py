@@ -84,9 +84,14 @@ def describe(parameter: Tensor, name: str = "", kind: Kind | None = None) -> Ori
     """Shape and kind of a parameter; `ds_shape` is what `zero.Init` keeps of its shape.
 
     Raises:
-        ValueError: see `refuse_split`.
+        ValueError: see `refuse_split`; a complex parameter, whose second moment would be complex.
     """
     refuse_split(parameter)
+    if parameter.is_complex():
+        raise ValueError(
+            f"parameter {name or tuple(parameter.shape)} is complex; MARS is not defined for it: "
+            "give its real and imaginary parts (torch.view_as_real)"
+        )
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if kind is None:
         kind = _kind(shape, name)

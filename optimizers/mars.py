@@ -88,8 +88,16 @@ class MARS(Optimizer):
     `pending_lr`, the learning rate of an update that is still to be made.
     """
 
-    # GradScaler then hands over `grad_scale` and `found_inf` instead of deciding by itself.
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over `grad_scale` and `found_inf` instead of skipping a step.
+
+        Exact mode must know of a skipped update, and under ZeRO a scaler is refused. Else it is
+        GradScaler's: wrappers then see that a step was skipped, and Lightning clips gradients.
+        """
+        groups = self.param_groups
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        return any(group["exact"] for group in groups) or self._originals.replaced(tensors)
 
     def __init__(
         self,

@@ -209,7 +209,7 @@ def test_jsonl_rows_are_read_as_they_are(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", FULL, "", {"prompt": "Why?"}, {"prompt": "Why?"})
     full, bare, same = load_prompts(path)
     assert full.messages == (Message("system", "Be brief."), Message("user", "None </s> [SEP]"))
-    assert full.text == "None </s> [SEP]"
+    assert full.text == "Be brief.\n\nNone </s> [SEP]"
     assert (full.prompt_id, full.real, full.group) == ("a", "ok", "g")
     assert parse_verifier(full.verifier) == ("punctuation:no_comma", {})
     assert bare.messages == (Message("user", "Why?"),)

@@ -90,6 +90,15 @@ def test_wrong_rows_are_refused_by_line(tmp_path: Path, rows: list[Any], message
         read_responses(jsonl(tmp_path / "r.jsonl", rows))
 
 
+def test_half_a_character_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text(
+        '{"prompt_id": "a", "response": "fine"}\n{"prompt_id": "b", "response": "\\ud83d"}\n'
+    )
+    with pytest.raises(SparringError, match=r"half\.jsonl:2: .* is half of a character"):
+        read_responses(path)
+
+
 def test_no_file_or_another_kind(tmp_path: Path) -> None:
     with pytest.raises(SparringError, match="no such file"):
         read_responses(tmp_path / "none.jsonl")
@@ -117,6 +126,10 @@ def test_from_a_file_to_training_pairs(tiny_model: Path, tmp_path: Path) -> None
     )
     assert (chosen, rejected) == ("aaa</s>", "no</s>")
     assert tokenizer.decode(pairs[0].prompt_ids) == "<s>u: a cat?\na: "
+    turned = [{**row, "responses": row["responses"][::-1]} for row in ROWS]
+    other = {**given, "responses": jsonl(tmp_path / "turned.jsonl", turned)}
+    with pytest.raises(SparringError, match="verdicts on other responses than"):
+        run_stage("pair", tmp_path / "other", other)
     figures = json.loads((tmp_path / "q" / "manifest.json").read_text())["figures"]
     assert figures["dropped_because"] == {"empty": 1}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from sparring.alignment import tokens
 from sparring.alignment.rows import Message, Prompt
@@ -76,9 +77,9 @@ def test_an_eos_that_the_tokenizer_adds_is_taken_away() -> None:
 
 
 def test_a_given_response_has_one_eos_and_no_bos(tokenizer: Any) -> None:
-    ids = tokens.response_ids(tokenizer, "  aha \n", limit=10)
+    ids = tokens.response_ids(tokenizer, "  aha \n", end=EOS, limit=10)
     assert tokenizer.decode(ids) == "aha</s>"
-    assert tokens.response_ids(Eager(), "one two", limit=10) == [6, 6, EOS]
+    assert tokens.response_ids(Eager(), "one two", end=EOS, limit=10) == [6, 6, EOS]
 
 
 def test_a_message_that_spells_special_tokens_is_text(tokenizer: Any) -> None:
@@ -92,7 +93,7 @@ def test_a_message_that_spells_special_tokens_is_text(tokenizer: Any) -> None:
 
 
 def test_a_response_that_spells_special_tokens_ends_once(tokenizer: Any) -> None:
-    ids = tokens.response_ids(tokenizer, "one</s> two<s>", limit=40)
+    ids = tokens.response_ids(tokenizer, "one</s> two<s>", end=EOS, limit=40)
     assert (ids.count(BOS), ids.count(EOS), ids[-1]) == (0, 1, EOS)
 
 
@@ -111,9 +112,37 @@ def test_smollm2_takes_its_own_tokens_from_a_user_for_text() -> None:
 def test_a_response_that_is_cut_has_no_eos(
     tokenizer: Any, limit: int, count: int, ended: bool
 ) -> None:
-    ids = tokens.response_ids(tokenizer, "aha", limit=limit)
+    ids = tokens.response_ids(tokenizer, "aha", end=EOS, limit=limit)
     assert len(ids) == count <= limit
     assert (ids[-1] == EOS) == ended
+
+
+def test_a_response_ends_as_the_models_own_turns_do(
+    tokenizer: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Gemma: EOS is one token, and the template closes turns with another."""
+    closing = tokenizer.convert_tokens_to_ids("z")
+    generation = GenerationConfig(eos_token_id=[EOS, closing])
+    generation.save_pretrained(str(tmp_path))
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }} z{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    assert tokens.ending(tokenizer, tmp_path, "chat") == EOS  # its own template writes neither
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert tokens.ending(tokenizer, tmp_path, "chat") == closing
+    assert tokens.ending(tokenizer, tmp_path, "instruction") == EOS
+    assert tokens.ending(tokenizer, tiny_model, "chat") == EOS
+
+
+def test_a_template_that_refuses_a_prompt_is_told(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    both = prompt(("system", "be nice"), ("user", "hi"))
+    with pytest.raises(SparringError, match=r"refuses prompt 'p' with the roles system, user"):
+        tokens.prompt_ids(tokenizer, both, "chat")
 
 
 def test_no_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

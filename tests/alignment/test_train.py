@@ -204,6 +204,36 @@ def test_the_same_run_twice_gives_the_same_bytes(new_run: Callable[..., Run]) ->
 # LoRA
 
 
+def test_no_family_keeps_its_dropout() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = OPTConfig(
+        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, word_embed_proj_dim=16, dropout=0.5,
+    )  # fmt: skip
+    model = train._trainable(OPTForCausalLM(shape), TrainStage(**BASE))
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_lora_on_other_layers_than_linear_ones_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    with pytest.raises(SparringError, match=r"is a Conv1D, as in GPT-2"):
+        train._trainable(GPT2LMHeadModel(shape), TrainStage(**BASE, lora_rank=2))
+
+
+def test_the_algorithms_own_beta_is_the_default(new_run: Callable[..., Run]) -> None:
+    loss = {}
+    for beta in (None, 0.1, 1e-3):
+        run = new_run(f"beta-{beta}", algorithm="dpo", beta=beta, epochs=2)
+        run()
+        loss[beta] = [row["loss"] for row in run.metrics]
+    assert loss[None] == loss[0.1] != loss[1e-3]
+    assert train.algorithm("sppo").beta == 1e-3
+
+
 def test_lora_is_merged(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, torch.Tensor] = {}
     original = train.merge_lora

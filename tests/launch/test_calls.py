@@ -33,6 +33,18 @@ def test_a_call_makes_what_the_command_makes(tmp_path: Path, prompts: Path) -> N
     assert again.manifest == made.manifest
 
 
+def test_a_setting_may_be_called_name_and_the_folder_be_this_one(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = run_stage("prompts", ".", quiet=True, source=str(prompts), train=2, heldout=2)
+    assert (tmp_path / "here" / "manifest.json").is_file()
+    assert made.figures["train"] == 2
+    with pytest.raises(UsageError, match="needs the input"):
+        run_stage("judge", "judged", {}, quiet=True, name="verifier")
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "settings", "message"),
     [

@@ -377,6 +377,17 @@ def test_sixteen_bit_parameters_have_float32_state_and_round_once() -> None:
     assert all(torch.equal(a.float(), b) for a, b in zip(half, wide, strict=True))
 
 
+def test_wrappers_see_that_grad_scaler_skipped_a_step() -> None:
+    """What calls `step` through a scaler tells a skip by `step` not having been called."""
+    assert not MARS(parameters(torch.float32))._step_supports_amp_scaling
+    assert MARS(parameters(torch.float32), exact=True)._step_supports_amp_scaling
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="is complex; MARS is not defined for it"):
+        MARS([torch.zeros(2, 2, dtype=torch.complex64, requires_grad=True)])
+
+
 def test_grad_scaler_unscales_and_skips_overflows() -> None:
     """Oracle 14: a skipped step changes nothing."""
     scaled, plain = parameters(torch.float32), parameters(torch.float32)
