@@ -163,12 +163,17 @@ def tied_names(model: Any) -> set[str]:
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
-def save_policy(state: Mapping[str, Any], like: Path, output: Path) -> None:
-    """Write weights as float32 safetensors beside the config and tokenizer of the folder `like`."""
-    from huggingface_hub import save_torch_state_dict
+def save_policy(state: Mapping[str, Any], model: Any, like: Path, output: Path) -> None:
+    """Write weights as float32 safetensors beside the config and tokenizer of the folder `like`.
 
+    Args:
+        state: all weights, by the names that `model` has for them.
+        model: loaded from `like`, whose file may have other names and one tensor an expert.
+        like: folder of the policy that was trained.
+        output: folder to write to.
+    """
     tensors = {name: _own(tensor) for name, tensor in state.items()}
-    save_torch_state_dict(tensors, str(output), metadata={"format": "pt"})
+    model.save_pretrained(str(output), state_dict=tensors, max_shard_size="5GB")
     for path in like.iterdir():
         wanted = path.suffix in (".json", ".jinja", ".model", ".txt")
         if wanted and path.name != artifacts.MANIFEST and "safetensors" not in path.name:

@@ -64,7 +64,7 @@ class Trainer:
         self.sharding = Sharding(config, world, micro_batches=passes)
         self.pad = tokens.eos_ids(tokens.load_tokenizer(model), model)[0]
         policy = _trainable(load_policy(model, "float32"), config)
-        self.tied = tied_names(policy)
+        self.model, self.tied = policy, tied_names(policy)
         scored = ScoredPolicy(policy, logits_chunk=config.logits_chunk)
         optimizer = build_optimizer(
             config.optimizer, scored.named_parameters(), lr=learning_rate(config, 0, 1)
@@ -148,7 +148,7 @@ def _save(trainer: Trainer, model: Path, output: Path) -> None:
         named = {name: tensor for name, tensor in named.items() if name not in trainer.tied}
         if trainer.config.lora_rank:
             named = merge_lora(named, trainer.config.lora_alpha / trainer.config.lora_rank)
-        save_policy(named, model, output)
+        save_policy(named, trainer.model, model, output)
 
 
 def run(config: TrainStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:

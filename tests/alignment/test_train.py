@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from sparring.alignment import train
 from sparring.alignment.rows import ReferencedPair
 from sparring.alignment.stages import TrainStage
+from sparring.alignment.tokens import load_tokenizer
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.metrics import read_metrics
 from sparring.launch.processes import World
@@ -202,6 +204,32 @@ def test_the_same_run_twice_gives_the_same_bytes(new_run: Callable[..., Run]) ->
 
 
 # LoRA
+
+
+def test_experts_keep_the_names_of_the_file(
+    tiny_model: Path, new_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """In memory transformers holds all of a layer's experts in one tensor."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = Qwen3MoeConfig(
+        vocab_size=len(load_tokenizer(tiny_model)), hidden_size=16, intermediate_size=16,
+        moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    start = tmp_path / "moe"
+    for path in tiny_model.glob("token*"):
+        (start / path.name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, start / path.name)
+    Qwen3MoeForCausalLM(shape).save_pretrained(start)
+    run = new_run("moe-run")
+    run.model = start
+    run()
+    before = load_file(start / "model.safetensors")
+    assert "model.layers.0.mlp.experts.0.down_proj.weight" in before
+    assert run.weights.keys() == before.keys()
+    assert all(run.weights[name].shape == tensor.shape for name, tensor in before.items())
+    assert any(not torch.equal(run.weights[name], before[name]) for name in before)
 
 
 def test_no_family_keeps_its_dropout() -> None:
