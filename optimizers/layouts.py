@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 Kind = Literal["matrix", "vector", "embedding", "stack"]
 """A stack is matrices of one shape in one tensor: those of a mixture's experts."""
@@ -34,11 +35,28 @@ _WRAPPED = re.compile(r"(\.(base_layer|original_module|modules_to_save\.\w+))?(\
 
 @dataclass(frozen=True)
 class Original:
-    """A parameter as the user handed it over, before anything sharded it."""
+    """A parameter as the user handed it over, before anything sharded it.
 
-    parameter: nn.Parameter
+    It is not kept alive: with FSDP2 DTensors take its place, and it would be a whole model's memory
+    on every accelerator.
+    """
+
+    reference: weakref.ref[Any]
     shape: tuple[int, ...]
     kind: Kind
+    trained: bool
+    """Whether it required a gradient when it was handed over."""
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter itself; None if nothing else holds it any more."""
+        return self.reference()
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is trained, or was until it went."""
+        parameter = self.parameter
+        return self.trained if parameter is None else bool(parameter.requires_grad)
 
     @property
     def numel(self) -> int:
@@ -95,7 +113,7 @@ def describe(parameter: Tensor, name: str = "", kind: Kind | None = None) -> Ori
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if kind is None:
         kind = _kind(shape, name)
-    return Original(parameter, shape, kind)  # type: ignore[arg-type]
+    return Original(weakref.ref(parameter), shape, kind, parameter.requires_grad)
 
 
 def _kind(shape: tuple[int, ...], name: str) -> Kind:
@@ -202,7 +220,7 @@ def _zero3(tensor: Tensor, position: int, candidates: Candidates) -> Layout | No
     members = {id(parameter) for parameter in zero.fp16_groups[where]}
     segments, held, group = [], [], None
     for index, original in candidates:
-        parameter: Any = original.parameter
+        parameter = original.parameter
         if id(parameter) not in members:
             continue
         held.append(index)
@@ -222,7 +240,7 @@ def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | N
         return None
     segments = []
     for index, original in mapped:
-        parameter: Any = original.parameter
+        parameter = original.parameter
         mapping = parameter._hp_mapping
         if mapping is None:  # no part of it on this rank
             continue
@@ -231,7 +249,7 @@ def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | N
             return None
         held = mapping.hp_fragment_address
         segments.append(Segment(index, mapping.lp_fragment_address.start, held.start, held.numel))
-    group = mapped[0][1].parameter._dp_group  # type: ignore[attr-defined]
+    group = mapped[0][1].parameter._dp_group
     return Layout(tuple(segments), tuple(i for i, _ in mapped), (group,))
 
 
@@ -295,7 +313,7 @@ def _dtensor(tensor: Tensor, position: int, candidates: Candidates) -> Layout | 
 
 def _clone(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
     """ZeRO 0 in half precision: float32 clones, in the order and the shapes of the parameters."""
-    trained = [(i, o) for i, o in candidates if o.parameter.requires_grad]
+    trained = [(i, o) for i, o in candidates if o.requires_grad]
     if position < len(trained) and trained[position][1].shape == tuple(tensor.shape):
         return replace(whole(trained[position][0], tensor), cloned=True)
     return None
@@ -322,7 +340,8 @@ def resolve(tensor: Tensor, position: int, candidates: Candidates) -> Layout:
         ValueError: the sharding is not one that is known here.
     """
     for _, original in candidates:  # what split them may have come after the optimizer
-        refuse_split(original.parameter)
+        if original.parameter is not None:
+            refuse_split(original.parameter)
     for resolver in _RESOLVERS:
         layout = resolver(tensor, position, candidates)
         if layout is None or not layout.members:

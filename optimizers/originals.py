@@ -29,7 +29,6 @@ class Originals:
         self._rules: list[Rule] = []
         self._trivial: list[Layout] = []
         self._layouts: dict[Tensor, Layout] = {}
-        self._parameters: dict[Tensor, int] = {}  # the compiler has no sets of tensors
         # By identity: DeepSpeed hands over one group at a time, and its universal checkpoints write
         # the first group's settings into all of them.
         self._spans: dict[int, range] = {}
@@ -38,7 +37,8 @@ class Originals:
 
     def replaced(self, tensors: Iterable[Tensor]) -> bool:
         """Whether DeepSpeed's tensors stand in the places of parameters."""
-        return any(t not in self._parameters and not is_dtensor(t) for t in tensors)
+        known = {id(original.parameter) for original in self.listed}
+        return any(id(t) not in known and not is_dtensor(t) for t in tensors)
 
     def describe(self, group: dict[str, Any]) -> None:
         """Take in the parameters of a group, before anything shards them."""
@@ -50,7 +50,6 @@ class Originals:
             self._trivial.append(whole(len(self.listed), parameter))
             self.listed.append(original)
             self._rules.append(rule_of(original.kind, group))
-            self._parameters[parameter] = len(self.listed)
 
     def relink(self, old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> None:
         """Loading a state puts new dictionaries in the groups' places."""
@@ -95,7 +94,7 @@ class Originals:
         counts = Counter(
             (original.kind, rule)
             for original, rule in zip(self.listed, self._rules, strict=True)
-            if original.parameter.requires_grad
+            if original.requires_grad
         )
         found = ", ".join(
             f"{counts[kind, rule]} {plural[kind]} {rule}"

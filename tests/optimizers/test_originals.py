@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -108,3 +110,16 @@ def test_only_deepspeed_s_own_step_of_zeros_is_none(first: str) -> None:
         ends.append(tensors)
     assert difference(*ends) == 0
     assert difference(ends[0], parameters()[::2]) > 0.01
+
+
+def test_a_parameter_that_was_exchanged_is_not_kept_alive() -> None:
+    """As accelerate does for FSDP2, so that the unsharded model can be freed."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = MARS(layer.named_parameters())
+    gone = [weakref.ref(parameter) for parameter in layer.parameters()]
+    for number in range(2):
+        optimizer.param_groups[0]["params"][number] = torch.empty(1)
+    del layer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert optimizer._originals.summary() == "1 matrices MARS-AdamW, 1 vectors AdamW"
