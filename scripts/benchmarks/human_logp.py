@@ -37,10 +37,10 @@ def per_token(run: Path, iteration: int) -> dict[str, float]:
     settings = json.loads(manifest.read_text(encoding="utf-8"))["config"]
     policy = run / f"iter{iteration - 1}" / "train" if iteration else run / "model"
     tokenizer = tokens.load_tokenizer(policy)
+    end = tokens.ending(tokenizer, policy, settings["template"])
+    limit = settings["max_response_tokens"]
     human = {
-        row["prompt_id"]: tokens.response_ids(
-            tokenizer, row["real"], limit=settings["max_response_tokens"]
-        )
+        row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], end=end, limit=limit)
         for row in pq.read_table(run / "prompts" / "heldout.parquet").to_pylist()
     }
     table = pq.read_table(measured / "generate" / "responses.parquet").to_pylist()
