@@ -26,9 +26,6 @@ _TYPES = {
     "float": "number",
     "bool": "true or false",
     "Schedule": "number, or one an iteration",
-    "bool | None": "true or false",
-    "float | None": "number",
-    "int | None": "integer",
     "tuple[str, ...]": "list of texts",
     "tuple[int, ...]": "list of integers",
     "tuple[float, float]": "two numbers",
@@ -63,7 +60,7 @@ def _type_name(annotation: ast.expr) -> str:
         values = annotation.slice
         choices = values.elts if isinstance(values, ast.Tuple) else [values]
         return " or ".join(_toml(ast.literal_eval(choice)) for choice in choices)
-    source = ast.unparse(annotation)
+    source = ast.unparse(annotation).removesuffix(" | None")
     return _TYPES.get(source, source)
 
 
