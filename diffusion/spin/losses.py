@@ -60,6 +60,12 @@ def _link(name: str, beta: float) -> Callable[[Tensor], Tensor]:
     return LINKS[name]
 
 
+def inside(margin_B: Tensor, *, beta: float, weight_B: Tensor | None = None) -> Tensor:
+    """(B,) beta/2 weight_t margin_t, what the link takes; arguments as of `decoupled_loss`."""
+    z = beta / 2 * margin_B
+    return z if weight_B is None else z * weight_B
+
+
 def decoupled_loss(
     margin_B: Tensor, *, beta: float, weight_B: Tensor | None = None, link: str = "logistic"
 ) -> Tensor:
@@ -78,8 +84,7 @@ def decoupled_loss(
     Raises:
         ValueError: an unknown link, or beta out of its range.
     """
-    z = beta / 2 * margin_B
-    return _link(link, beta)(z if weight_B is None else z * weight_B)
+    return _link(link, beta)(inside(margin_B, beta=beta, weight_B=weight_B))
 
 
 def trajectory_loss(margin_BT: Tensor, scale_T: Tensor, *, link: str = "logistic") -> Tensor:

@@ -22,6 +22,7 @@ from sparring.diffusion.spin.losses import (
     decoupled_loss,
     denoising_error,
     guard,
+    inside,
     margin,
     scale_gradient,
 )
@@ -173,15 +174,15 @@ class ImageTrainer:
         z = margin(winner, trained, their_winner, their_loser)
         assert isinstance(config.beta, (int, float)), "schedules are resolved before training"
         weight = None if self.weight is None else self.weight(t, self.process)
-        inside = config.beta / 2 * z if weight is None else config.beta / 2 * z * weight
         loss = decoupled_loss(z, beta=config.beta, weight_B=weight, link=config.link)
         if config.sft_weight:
             loss = loss + config.sft_weight * winner
+        scaled = inside(z, beta=config.beta, weight_B=weight)
         found = {
             "loss": loss,
             "accuracy": (z > 0).float(),
-            "margin": inside,
-            "margin_square": inside.square(),
+            "margin": scaled,
+            "margin_square": scaled.square(),
             "winner": winner,
             "loser": loser,
             "opponent_winner": their_winner,

@@ -100,6 +100,7 @@ def test_an_iteration_of_every_layout(
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert rows[0]["accuracy"] == rows[0]["displacement"] == rows[0]["margin_std"] == 0
     assert rows[0]["grad_norm"] > 1e-6
+    assert rows[-1]["margin_std"] > 0
     assert rows[-1]["loss"] != pytest.approx(np.log(2), abs=1e-7)
     assert largest_difference(layout(name), out) > 1e-4
     trained = pipelines.load(out)  # a folder that diffusers loads, with all else as it was
