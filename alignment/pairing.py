@@ -112,9 +112,7 @@ def _encoded(
 
 def _check_verdicts(inputs: Mapping[str, Path]) -> None:
     """The verdicts are of these responses, as far as their manifest says (merged ones do not)."""
-    artifact = artifacts.read(inputs["judged"])
-    judged = artifact.manifest.get("inputs", {}).get("responses") if artifact else None
-    if judged is not None and judged != artifacts.content_digest(inputs["responses"]):
+    if artifacts.other_input(inputs["judged"], "responses", inputs["responses"]):
         raise SparringError(
             f"{inputs['judged']} holds verdicts on other responses than {inputs['responses']}; "
             "judge these"

@@ -77,10 +77,9 @@ def run(config: ParityStage, inputs: Mapping[str, Path], output: Path, context: 
 
 def _check_weights(inputs: Mapping[str, Path]) -> None:
     """The sampler's weights are the trainer's, as far as the responses' manifest says."""
-    artifact = artifacts.read(inputs["responses"])
-    sampled = artifact.manifest.get("inputs", {}).get("model") if artifact else None
-    here = artifacts.content_digest(inputs["model"])
-    if sampled is not None and sampled != here:
+    other = artifacts.other_input(inputs["responses"], "model", inputs["model"])
+    if other:
+        sampled, here = other
         raise SparringError(
             f"{inputs['responses']} was sampled from other weights ({sampled[:12]}) than those of "
             f"{inputs['model']} ({here[:12]}); sample again from the policy that will be trained"

@@ -114,6 +114,17 @@ class Artifact:
         return dict(self.manifest["figures"])
 
 
+def other_input(folder: Path, name: str, path: Path) -> tuple[str, str] | None:
+    """Digests of an artifact's input as its manifest has it and of `path`, if they differ.
+
+    None if they agree, or if the folder's manifest does not know such an input.
+    """
+    artifact = read(folder)
+    made = artifact.manifest.get("inputs", {}).get(name) if artifact else None
+    here = content_digest(path)
+    return None if made in (None, here) else (made, here)
+
+
 def read(folder: Path) -> Artifact | None:
     """The artifact in a folder, or None when there is no manifest.
 
