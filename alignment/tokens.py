@@ -121,7 +121,8 @@ def ending(tokenizer: Any, model_path: Path | str, template: str) -> int:
     With another one, human responses could be told from samples by their last token.
     """
     ends = eos_ids(tokenizer, model_path)
-    if template == "chat" and len(ends) > 1:
+    # A base model's tokenizer has no template, and its responses come with their ids.
+    if template == "chat" and len(ends) > 1 and getattr(tokenizer, "chat_template", None):
         question = [{"role": "user", "content": "a"}]
         answer = [*question, {"role": "assistant", "content": "b"}]
         before = _filled(tokenizer, question, "a")["input_ids"]

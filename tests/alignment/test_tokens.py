@@ -132,6 +132,8 @@ def test_a_response_ends_as_the_models_own_turns_do(
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert tokens.ending(tokenizer, tmp_path, "chat") == closing
     assert tokens.ending(tokenizer, tmp_path, "instruction") == EOS
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert tokens.ending(tokenizer, tmp_path, "chat") == EOS
     assert tokens.ending(tokenizer, tiny_model, "chat") == EOS
 
 
