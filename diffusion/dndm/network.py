@@ -179,38 +179,34 @@ class TextDenoiser(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         shape = config.shape
         width = shape.hidden
-        layer: dict[str, Any] = {
-            "d_model": width,
-            "nhead": shape.heads,
-            "dim_feedforward": shape.feedforward,
-            "dropout": shape.dropout,
-            "activation": "gelu",
-            "batch_first": True,
-            "norm_first": True,
-            # A key's bias has no gradient but rounding, which Adam would make steps of.
-            "bias": False,
-        }
-
-        def stack(depth: int) -> nn.TransformerEncoder:
-            return nn.TransformerEncoder(
-                EncoderLayer(**layer),
-                depth,
-                norm=nn.LayerNorm(width),
-                enable_nested_tensor=False,
-            )
-
         self.tokens = nn.Embedding(config.vocab_size, width)
-        if config.source_vocab_size:
+        if config.source_vocab_size:  # before the others: a seed's network follows from the order
             self.places = nn.Embedding(config.max_target, width)
-        self.decoder: nn.Module
         if shape.time:
             self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         if shape.schedule_conditioning:
             self.noisy = nn.Embedding(2, width)
+        self.decoder: nn.Module
         if config.source_vocab_size:
+            layer: dict[str, Any] = {
+                "d_model": width,
+                "nhead": shape.heads,
+                "dim_feedforward": shape.feedforward,
+                "dropout": shape.dropout,
+                "activation": "gelu",
+                "batch_first": True,
+                "norm_first": True,
+                # A key's bias has no gradient but rounding, which Adam would make steps of.
+                "bias": False,
+            }
             self.source_tokens = nn.Embedding(config.source_vocab_size, width)
             self.source_places = nn.Embedding(config.max_source, width)
-            self.encoder = stack(shape.encoder_layers)
+            self.encoder = nn.TransformerEncoder(
+                EncoderLayer(**layer),
+                shape.encoder_layers,
+                norm=nn.LayerNorm(width),
+                enable_nested_tensor=False,
+            )
             self.decoder = nn.TransformerDecoder(
                 DecoderLayer(**layer), shape.layers, norm=nn.LayerNorm(width)
             )
