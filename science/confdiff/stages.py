@@ -96,7 +96,7 @@ SAMPLE = Stage(
     function=f"{_HERE}.sample:run",
     finish=f"{_HERE}.sample:finish",
     config=SampleStage,
-    version="2",
+    version="3",
     inputs={
         "model": "folder of a network, made by conf-train",
         "unconditional?": "one trained with sequence = false, for gamma below 1",
@@ -112,7 +112,7 @@ EVALUATE = Stage(
     summary="measure an ensemble against a reference",
     function=f"{_HERE}.evaluate:run",
     config=ConformationEvaluateConfig,
-    version="2",
+    version="3",
     inputs={
         "samples": "artifact of conf-sample, conf-md or conf-structures",
         "reference": "artifact of conf-md or conf-structures",
