@@ -125,7 +125,8 @@ def test_a_response_ends_as_the_models_own_turns_do(
     generation = GenerationConfig(eos_token_id=[EOS, closing])
     generation.save_pretrained(str(tmp_path))
     template = (
-        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }} z{% endfor %}"
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}"
+        "{{ ' z' if m.role == 'assistant' else eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}a: {% endif %}"
     )
     assert tokens.ending(tokenizer, tmp_path, "chat") == EOS  # its own template writes neither

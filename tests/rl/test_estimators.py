@@ -187,6 +187,13 @@ def test_baselines() -> None:
     signal = baseline_signal("pgt", rewards)
     expected = torch.tensor([[6.0, 4.0], [6.0, 3.0], [3.0, 2.0]], dtype=torch.float64)
     assert torch.equal(Baseline("loo").values(signal, alive), expected)
+    # Of two policies: a third and two thirds of what the others of each have.
+    four = torch.tensor([[1.0], [3.0], [5.0], [7.0], [0.0], [6.0]], dtype=torch.float64)
+    found = Baseline("loo").values(
+        four, torch.ones(6, 1, dtype=torch.bool), [slice(2), slice(2, 6)]
+    )
+    assert found[0].item() == pytest.approx(3 / 3 + 2 / 3 * 18 / 4)
+    assert found[2].item() == pytest.approx(2 / 3 + 2 / 3 * 13 / 3)
     total = torch.tensor([3.0, 3.0, 9.0], dtype=torch.float64)
     assert torch.equal(baseline_signal("reinforce", rewards), total[:, None].expand(3, 2))
     running = Baseline("running")
