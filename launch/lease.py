@@ -2,11 +2,13 @@
 
 Signals and process ids end at the host. A file in the step's work folder, which all hosts see, does
 not: the driver renews it every two seconds, and a rank ends itself when it was not renewed for a
-minute. Clocks are not compared.
+minute. The other way round each host gives signs of life, and is lost after three minutes without
+one. Clocks are not compared.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,6 +24,9 @@ from sparring.launch.artifacts import write_json
 Order = Literal["work", "stop", "end"]
 RENEWED = 2.0  # seconds
 LOST = 60.0  # seconds without a renewal
+SIGN = 10.0  # seconds between a host's signs of life
+SILENT = 180.0  # seconds without one; longer than a network's file system may show an old folder
+SIGNS = "alive"
 
 
 class Lease:
@@ -35,6 +40,8 @@ class Lease:
 
     def __init__(self, path: Path, driver: str, hosts: Sequence[str]) -> None:
         self._path, self._driver, self._hosts, self._count = path, driver, hosts, 0
+        self._signs: dict[str, tuple[dict[str, Any], float]] = {}
+        self._looked = time.monotonic()
         self.renew()
 
     def renew(self, order: Order = "work") -> None:
@@ -46,6 +53,40 @@ class Lease:
     def missing(self, up: Collection[int]) -> list[str]:
         """Hosts with a rank that is not among those."""
         return sorted({host for rank, host in enumerate(self._hosts) if rank not in up})
+
+    def lost(self) -> list[str]:
+        """Hosts that gave signs of life to this driver and give none any more.
+
+        To be asked again and again: a driver that was held up itself, by the file system say, gives
+        them all of the time once more.
+        """
+        now = time.monotonic()
+        waited, self._looked = now - self._looked, now
+        if waited > SILENT / 4:
+            self._signs = {rank: (sign, now) for rank, (sign, _) in self._signs.items()}
+        for path in (self._path.parent / SIGNS).glob("rank*"):
+            sign = _read(path)
+            known, _ = self._signs.get(path.name, (None, 0.0))
+            if sign and sign["driver"] == self._driver and sign != known:
+                self._signs[path.name] = (sign, now)
+        silent = [rank for rank, (_, since) in self._signs.items() if now - since > SILENT]
+        return [self._hosts[int(rank.removeprefix("rank"))] for rank in silent]
+
+
+def give_signs(work: Path, driver: str, rank: int) -> None:
+    """On a host: give signs of life from now on, in a thread, by this rank's file.
+
+    To be called where no other thread can hold the interpreter up.
+    """
+    threading.Thread(target=_give_signs, args=(work / SIGNS, driver, rank), daemon=True).start()
+
+
+def _give_signs(folder: Path, driver: str, rank: int) -> None:
+    for count in itertools.count():
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            write_json(folder / f"rank{rank}", {"driver": driver, "count": count})
+        time.sleep(SIGN)
 
 
 def follow(path: Path, driver: str) -> None:
@@ -69,8 +110,8 @@ def _follow(path: Path, driver: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The lease, or None while a network's file system does not show it."""
+    """What a file says, or None while a network's file system does not show it."""
     with suppress(OSError, json.JSONDecodeError):
-        lease: dict[str, Any] = json.loads(path.read_text())
-        return lease
+        told: dict[str, Any] = json.loads(path.read_text())
+        return told
     return None

@@ -263,6 +263,8 @@ def _wait(
         except subprocess.TimeoutExpired:
             if lease:
                 lease.renew()
+                if lost := lease.lost():
+                    reader.error = reader.error or _lost(lost)
         now = time.monotonic()
         if failed is None and any(errors.glob("rank*.txt")):
             failed = now
@@ -271,6 +273,13 @@ def _wait(
             if lease:
                 lease.renew("end")
             _signal(signal.SIGKILL, *reader.ranks, -process.pid)
+
+
+def _lost(hosts: Sequence[str]) -> str:
+    return (
+        f"no sign of life from {', '.join(hosts)} any more: switched off, or cut off from the "
+        "network or from the run's folder; the same command goes on when it is back"
+    )
 
 
 def record_error(errors: Path, rank: int, error: BaseException) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,6 +40,8 @@ def watched(path: Path, world: World) -> int:
         processes.leave(work(path, world))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # meant for the work, which is told itself
+    if world.local_rank == 0:
+        _give_signs(path, world.rank)
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
         name = signal.Signals(-code).name
@@ -49,6 +52,14 @@ def watched(path: Path, world: World) -> int:
         processes.record_error(path.parent / "errors", world.rank, death)
         return 1
     return code
+
+
+def _give_signs(path: Path, rank: int) -> None:
+    """Show a driver on another host that this one is there."""
+    with suppress(FileNotFoundError):  # the work itself says so
+        driver = json.loads(path.read_text())["driver"]
+        if driver["host"] != socket.gethostname():
+            lease.give_signs(path.parent, driver["name"], rank)
 
 
 def work(path: Path, world: World) -> int:

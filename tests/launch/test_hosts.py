@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from sparring.launch import hosts, processes, runs, stages
+from sparring.launch import artifacts, hosts, lease, processes, runs, stages
+from sparring.launch.artifacts import write_json
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.hosts import Hosts
 from sparring.launch.lease import Lease
@@ -235,6 +237,69 @@ def test_hosts_without_ranks_are_known(tmp_path: Path) -> None:
     assert driver.missing({0}) == ["a", "b"]
 
 
+def test_a_silent_host_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(lease.time, "monotonic", lambda: clock[0])
+    driver = Lease(tmp_path / "lease.json", "mine", ["b", "b", "a", "a"])
+    signs = tmp_path / lease.SIGNS
+    signs.mkdir()
+
+    def after(seconds: float, *ranks: int, of: str = "mine") -> list[str]:
+        clock[0] += seconds
+        for rank in ranks:
+            write_json(signs / f"rank{rank}", {"driver": of, "count": clock[0]})
+        return driver.lost()
+
+    assert after(lease.SIGN, 2, of="an earlier one") == []
+    for _ in range(30):  # nothing of a, whose launcher may take its time
+        assert after(lease.SIGN, 0) == []
+    assert after(lease.SIGN, 0, 2) == []
+    for _ in range(int(lease.SILENT / lease.SIGN)):
+        assert after(lease.SIGN, 0) == []
+    assert after(2 * lease.SILENT, 0) == []  # the driver itself was held up
+    for _ in range(int(lease.SILENT / lease.SIGN)):
+        assert after(lease.SIGN, 0) == []
+    assert after(lease.SIGN, 0) == ["a"]
+
+
+def test_a_host_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SIGN", 0.05)
+    lease.give_signs(tmp_path, "mine", 3)
+    path, seen = tmp_path / lease.SIGNS / "rank3", set()
+    end = time.monotonic() + 20
+    while len(seen) < 3 and time.monotonic() < end:
+        with suppress(FileNotFoundError):
+            seen.add(path.read_text())
+        time.sleep(0.01)
+    assert len(seen) == 3
+
+
+def test_the_ranks_of_another_host_show_it(tmp_path: Path) -> None:
+    from toy_pipeline import ADD, Add
+
+    (tmp_path / artifacts.WORK).mkdir()
+    job = stages.write_job(Step("one", ADD, Add(mode="wait"), {}), {}, tmp_path)
+    told = json.loads(job.read_text())
+    told["driver"]["host"] = "elsewhere"
+    write_json(job, told)
+    driver = Lease(job.with_name(stages.LEASE), told["driver"]["name"], ["here", "here"])
+    world = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    worker = [sys.executable, "-m", "sparring.launch.worker", str(job)]
+    sign, saved = job.parent / lease.SIGNS / "rank1", job.parent / "saved1"
+    with subprocess.Popen(worker, env={**os.environ, **world}) as process:
+        try:
+            for path in (job.parent / "pid1", sign, saved):
+                end = time.monotonic() + 60
+                while not path.exists() and time.monotonic() < end:
+                    time.sleep(0.1)
+                    driver.renew("stop" if path == saved else "work")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    assert saved.exists()
+    assert json.loads(sign.read_text())["driver"] == told["driver"]["name"]
+
+
 def remote(
     folder: Path, code: str, *, names: list[str], monkeypatch: pytest.MonkeyPatch, **waits: float
 ) -> None:
@@ -272,6 +337,17 @@ def test_a_host_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     # It ended by itself: ssh did not come through, and the other host has done its part.
     with pytest.raises(SparringError, match=r"^no rank was started on b; the output is in .*log"):
         remote(tmp_path, UP + "raise SystemExit(255)", names=["a", "b"], monkeypatch=monkeypatch)
+
+
+def test_a_run_ends_when_a_host_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SILENT", 1.0)
+    signs = tmp_path / lease.SIGNS
+    signs.mkdir()
+    write_json(signs / "rank1", {"driver": "mine", "count": 0})
+    code = UP + "emit(pid=2, rank=1, here=False)\nimport time; time.sleep(60)"
+    with pytest.raises(SparringError, match=r"^no sign of life from b any more"):
+        remote(tmp_path, code, names=["a", "b"], monkeypatch=monkeypatch)
+    assert json.loads((tmp_path / "lease.json").read_text())["order"] == "end"
 
 
 def test_a_rank_without_the_folder_says_so(tmp_path: Path) -> None:
