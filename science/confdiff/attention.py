@@ -14,7 +14,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparring.science.confdiff.frames import turned
 from sparring.science.confdiff.sizes import NetworkSize
 
 
@@ -98,7 +97,9 @@ class InvariantPointAttention(nn.Module):
         size = self.size
         q, k, v = self.scalars(node).unflatten(-1, (size.heads, -1)).chunk(3, -1)
         local = self.points(node).unflatten(-1, (size.heads, -1, 3)).to(rotations.dtype)
-        placed = turned(rotations[:, :, None, None], local) + translations[:, :, None, None]
+        with exact(local):
+            placed = torch.einsum("bixy,bihpy->bihpx", rotations, local)
+        placed = placed + translations[:, :, None, None]
         ends = [size.query_points, size.query_points, size.value_points]
         query_points, key_points, value_points = torch.split(placed, ends, -2)
 
@@ -116,7 +117,8 @@ class InvariantPointAttention(nn.Module):
         pairs = torch.einsum("bhij,bijz->bihz", share.to(v.dtype), self.pair_values(edge))
         with exact(placed):
             points = torch.einsum("bhij,bjhpx->bihpx", share.to(placed.dtype), value_points)
-        points = turned(rotations.mT[:, :, None, None], points - translations[:, :, None, None])
+            points = points - translations[:, :, None, None]
+            points = torch.einsum("biyx,bihpy->bihpx", rotations, points)
         lengths = (points.square().sum(-1) + 1e-8).sqrt()
         found = [scalars, pairs, points.flatten(-2).to(v.dtype), lengths.to(v.dtype)]
         mixed: Tensor = self.out(torch.cat(found, -1).flatten(-2))

@@ -69,7 +69,7 @@ TRAIN = Stage(
     summary="train the network of the score on conformations",
     function=f"{_HERE}.train:run",
     config=ConformationTrainConfig,
-    version="4",
+    version="5",
     inputs={
         "data*": _ROWS,
         "model?": "folder of a network to start from, of this sequence and t_min; its size stays",
@@ -82,7 +82,7 @@ GUIDE = Stage(
     summary="train a network of energy or force on labelled conformations",
     function=f"{_HERE}.guide:run",
     config=GuideConfig,
-    version="5",
+    version="6",
     inputs={
         "model": "folder of the base network, made by conf-train",
         "data*": f"{_ROWS}, with energies and a temperature",
@@ -96,7 +96,7 @@ SAMPLE = Stage(
     function=f"{_HERE}.sample:run",
     finish=f"{_HERE}.sample:finish",
     config=SampleStage,
-    version="3",
+    version="4",
     inputs={
         "model": "folder of a network, made by conf-train",
         "unconditional?": "one trained with sequence = false, for gamma below 1",

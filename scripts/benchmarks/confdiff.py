@@ -7,7 +7,9 @@
           guided_mean, guided_var: guided samples of N(0, 1) tilted by (x - 1.5)^2 / 2, which is
           N(.75, .50), by the SDE with 500 steps; guided_error is their standard error;
           sampling_seconds_per_1000: the tiny model, 5 residues, 200 steps, with the median and the
-          spread of three rounds, and as a ratio to as many calls of the network alone.
+          spread of three rounds, and as a ratio to as many calls of the network alone;
+          md_cpu_over_reference: time of a step of dynamics on OpenMM's CPU platform over that on
+          its Reference platform, capped AAAAA (62 atoms) and CLN025 (166), with the spread.
 full run  the recipe confdiff-ala5 (hours); the same command goes on where it was stopped.
 
     python scripts/benchmarks/confdiff.py --quick
@@ -30,11 +32,13 @@ import torch
 
 from sparring.launch import runs
 from sparring.launch.progress import Reporter
+from sparring.science.confdiff import md
 from sparring.science.confdiff.dataset import blank
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance import ForceGuidance, NetworkScore
 from sparring.science.confdiff.igso3 import angle_density
 from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork
+from sparring.science.confdiff.physics import Platform, context, openmm_module
 from sparring.science.confdiff.pipeline import PIPELINE
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.solvers import SampleNoise, solve
@@ -134,11 +138,31 @@ def cost(samples: int, rounds: int) -> tuple[list[float], list[float]]:
     return whole, calls
 
 
+def md_ratios(sequence: str, capped: bool, steps: int, rounds: int) -> list[float]:
+    """Seconds of some steps on the CPU platform over those on Reference, of several rounds."""
+    simulation = md.Simulation(sequence=sequence, capped=capped)
+    molecule, positions = md.starting_point(simulation)
+    system = molecule.system(True, simulation.hydrogen_mass)
+
+    def seconds(platform: Platform) -> float:
+        integrator = openmm_module().LangevinMiddleIntegrator(300, 1, 0.002)
+        at = context(system, integrator, platform)
+        at.setPositions(positions)
+        integrator.step(10)
+        started = time.perf_counter()
+        integrator.step(steps)
+        return time.perf_counter() - started
+
+    return sorted(seconds("CPU") / seconds("Reference") for _ in range(rounds))
+
+
 def quick(count: int, samples: int, rounds: int) -> dict[str, Any]:
     """Figures that need no training."""
     mean, variance = guided(count, 500)
     whole, calls = cost(samples, rounds)
     ratios = sorted(a / b for a, b in zip(whole, calls, strict=True))
+    peptides = {"AAAAA": True, "YYDPETGTWY": False}
+    ratios_of_md = {name: md_ratios(name, capped, 200, rounds) for name, capped in peptides.items()}
     return {
         "benchmark": "confdiff",
         "igso3_norm_error": norm_error(),
@@ -150,6 +174,8 @@ def quick(count: int, samples: int, rounds: int) -> dict[str, Any]:
         "sampling_seconds_spread": [min(whole), max(whole)],
         "sampling_over_network_alone": statistics.median(ratios),
         "sampling_over_network_spread": [ratios[0], ratios[-1]],
+        "md_cpu_over_reference": {n: statistics.median(v) for n, v in ratios_of_md.items()},
+        "md_cpu_over_reference_spread": {n: [v[0], v[-1]] for n, v in ratios_of_md.items()},
         "threads": torch.get_num_threads(),
     }
 
