@@ -67,7 +67,24 @@ class PromptsConfig:
 
 
 @config
-class GenerateConfig:
+class TemplateConfig:
+    """How a prompt is written for the policy."""
+
+    template: Literal["chat", "instruction"] = "chat"
+    """The model's chat template, or SPIN's "### Instruction:" text. Training sees the same ids."""
+    template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What the chat template takes besides messages, such as Qwen3's enable_thinking = false."""
+
+    def __post_init__(self) -> None:
+        if self.template_options and self.template != "chat":
+            raise ValueError(
+                f"template_options {', '.join(self.template_options)} are for a model's chat "
+                f"template, and template is {self.template!r}; leave one of them out"
+            )
+
+
+@config
+class GenerateConfig(TemplateConfig):
     """How responses are sampled."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -80,8 +97,9 @@ class GenerateConfig:
     """Nucleus; 1 keeps the whole distribution. SPPO's paper says 1.0, its code 0.9."""
     max_new_tokens: int = 256
     """Longest response in tokens, EOS included."""
-    template: Literal["chat", "instruction"] = "chat"
-    """The model's chat template, or SPIN's "### Instruction:" text. Training sees the same ids."""
+    answer_after: str = ""
+    """What ends a model's thinking, such as "</think>": judges read what follows its last place,
+    which is nothing where a response was cut before. Training sees all tokens."""
     chunk: int = 64
     """Prompts a shard. Shards, not ranks, decide which prompts share a batch, so that results do
     not depend on the number of ranks."""
@@ -91,6 +109,7 @@ class GenerateConfig:
     """vLLM's key-value cache: GiB on a CPU (0: 2), share of the GPU's memory on CUDA (0: 0.9)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("k", "max_new_tokens", "chunk", "max_batch"):
             positive(f"generate.{name}", getattr(self, name))
         if not 0 < self.top_p <= 1:

@@ -122,9 +122,7 @@ def _encoded(config: EvaluateStage, model: Path, groups: Sequence[Group]) -> lis
     """Responses with token ids; those of files are texts."""
     prompts = {prompt.prompt_id: prompt for prompt, _ in groups}
     rows = [row for _, rows in groups for row in rows]
-    encoded = with_ids(
-        rows, prompts, model, template=config.template, limit=config.max_response_tokens
-    )
+    encoded = with_ids(rows, prompts, model, how=config, limit=config.max_response_tokens)
     return group_responses(prompts.values(), encoded)
 
 
@@ -198,7 +196,7 @@ def _model_figures(
     figures: Figures = {}
     if human:
         limit = config.max_response_tokens
-        end = tokens.ending(tokenizer, inputs["model"], config.template)
+        end = tokens.ending(tokenizer, inputs["model"], config)
         texts = [
             (
                 rows[0].prompt_ids,

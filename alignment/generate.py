@@ -40,7 +40,7 @@ def run(
         return {}
     prompts = read_prompts(inputs["prompts"], config)
     tokenizer = tokens.load_tokenizer(inputs["model"])
-    ids = {p.prompt_id: tokens.prompt_ids(tokenizer, p, config.template) for p in prompts}
+    ids = {p.prompt_id: tokens.prompt_ids(tokenizer, p, config) for p in prompts}
     if config.too_long == "drop":
         ids = {name: one for name, one in ids.items() if len(one) <= config.max_prompt_tokens}
     if not ids:
@@ -61,6 +61,8 @@ def run(
 
     probes = _probes([p.prompt_id for p in prompts if p.prompt_id in ids], config.probes)
 
+    after = config.answer_after
+
     def sample(chunk: Sequence[Prompt]) -> list[Response]:
         keys = [(p, k) for p in chunk if p.prompt_id in ids for k in range(config.k)]
         seeds = [derive(context.seed, p.prompt_id, k) for p, k in keys]
@@ -73,7 +75,7 @@ def run(
                 prompt_id=p.prompt_id,
                 k=k,
                 iteration=config.iteration,
-                text=tokenizer.decode(sample.ids, skip_special_tokens=True).strip(),
+                text=answer(tokenizer.decode(sample.ids, skip_special_tokens=True), after),
                 prompt_ids=tuple(ids[p.prompt_id]),
                 response_ids=sample.ids,
                 finish_reason=sample.finish_reason,
@@ -86,6 +88,13 @@ def run(
     ours = replace(context, world=world)
     shards.make(prompts, config.chunk, Response, sample, ours, unit="prompts")
     return {}
+
+
+def answer(text: str, after: str) -> str:
+    """What judges read of a response: all, or what follows the last end of the model's thinking."""
+    if after:
+        text = text.rpartition(after)[2] if after in text else ""
+    return text.strip()
 
 
 def _probes(prompt_ids: Sequence[str], count: int) -> set[str]:

@@ -78,7 +78,7 @@ def _real_generated(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
 ) -> Iterable[Pair | Dropped]:
     tokenizer = tokens.load_tokenizer(inputs["model"])
-    end = tokens.ending(tokenizer, inputs["model"], config.template)
+    end = tokens.ending(tokenizer, inputs["model"], config)
     prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
     for response in responses:
         if response.prompt_id not in prompts:
@@ -107,7 +107,7 @@ def _encoded(
         )
     prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
     limit = config.max_response_tokens
-    return with_ids(responses, prompts, inputs["model"], template=config.template, limit=limit)
+    return with_ids(responses, prompts, inputs["model"], how=config, limit=limit)
 
 
 def _check_verdicts(inputs: Mapping[str, Path]) -> None:

@@ -59,7 +59,7 @@ def run(config: ParityStage, inputs: Mapping[str, Path], output: Path, context: 
     responses = read_responses(inputs["responses"])
     tokenizer = tokens.load_tokenizer(inputs["model"])
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_set(inputs["prompts"])}
-    _check_prompts(tokenizer, prompts, responses, config.template)
+    _check_prompts(tokenizer, prompts, responses, config)
     _check_endings(responses, tokens.eos_ids(tokenizer, inputs["model"]))
     probes = [row for row in responses if row.logps][: config.probes]
     if not probes:
@@ -87,7 +87,10 @@ def _check_weights(inputs: Mapping[str, Path]) -> None:
 
 
 def _check_prompts(
-    tokenizer: Any, prompts: Mapping[str, Prompt], responses: Sequence[Response], template: str
+    tokenizer: Any,
+    prompts: Mapping[str, Prompt],
+    responses: Sequence[Response],
+    config: ParityStage,
 ) -> None:
     """Every prompt's ids are what this tokenizer and template make of its messages."""
     seen: dict[str, tuple[int, ...]] = {}
@@ -96,9 +99,9 @@ def _check_prompts(
             continue
         if row.prompt_id not in prompts:
             raise SparringError(f"there is a response to {row.prompt_id!r}, but no such prompt")
-        expected = tokens.prompt_ids(tokenizer, prompts[row.prompt_id], template)
+        expected = tokens.prompt_ids(tokenizer, prompts[row.prompt_id], config)
         if list(row.prompt_ids) != expected:
-            raise SparringError(_other_prompt(tokenizer, row, expected, template))
+            raise SparringError(_other_prompt(tokenizer, row, expected, config.template))
         seen[row.prompt_id] = row.prompt_ids
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparring.alignment.algorithms import Algorithm, algorithm, algorithms
-from sparring.alignment.config import ModelConfig, Recipe
+from sparring.alignment.config import ModelConfig, Recipe, TemplateConfig
 from sparring.alignment.stages import (
     EVALUATE,
     EXTRAPOLATE,
@@ -36,6 +37,10 @@ class _Chain:
         devices = recipe.model.devices
         self.sampling = {"dtype": recipe.model.dtype, "devices": devices}
         self.scoring = {"precision": recipe.train.precision, "devices": devices}
+        self.writing = {
+            field.name: getattr(recipe.generate, field.name)
+            for field in dataclasses.fields(TemplateConfig)
+        }
 
     def add(
         self, folder: str, stage: Stage, settings: Mapping[str, Any], **inputs: str | None
@@ -80,7 +85,7 @@ class _Chain:
         settings = vars(self.recipe.parity) | {
             "temperature": generate.temperature,
             "top_p": generate.top_p,
-            "template": generate.template,
+            **self.writing,
             **self.sampling,
             **self.scoring,
         }
@@ -97,8 +102,7 @@ class _Chain:
         mixed = recipe.pair.mix_previous
         mixed = self.algorithm.mix_previous if mixed is None else mixed
         settings = {k: v for k, v in vars(recipe.pair).items() if k != "mix_previous"}
-        settings["rule"] = recipe.pair.rule or self.algorithm.rule
-        settings["template"] = recipe.generate.template
+        settings |= {"rule": recipe.pair.rule or self.algorithm.rule, **self.writing}
         return self.add(
             f"iter{t}",
             PAIR,
@@ -127,7 +131,7 @@ class _Chain:
             "level": recipe.evaluate.level,
             **self.scoring,
             "max_response_tokens": recipe.pair.max_response_tokens,
-            "template": recipe.generate.template,
+            **self.writing,
             # Leaderboards are dear: of the start and of the result.
             "lm_eval": recipe.evaluate.lm_eval if last or not t else (),
             "lm_eval_limit": recipe.evaluate.lm_eval_limit,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring.alignment import tokens
+from sparring.alignment.config import TemplateConfig
 from sparring.alignment.prompt_files import file_rows
 from sparring.alignment.rows import Prompt, Response
 from sparring.launch.errors import SparringError
@@ -103,7 +104,12 @@ def _response(where: str, prompt_id: str, k: int, given: Any) -> Response:
 
 
 def with_ids(
-    rows: Sequence[Response], prompts: dict[str, Prompt], model: Path, *, template: str, limit: int
+    rows: Sequence[Response],
+    prompts: dict[str, Prompt],
+    model: Path,
+    *,
+    how: TemplateConfig,
+    limit: int,
 ) -> list[Response]:
     """Given texts as the tokens that training sees; sampled responses keep theirs.
 
@@ -111,14 +117,14 @@ def with_ids(
         rows: responses, of which those without `prompt_ids` are encoded.
         prompts: by id.
         model: folder whose tokenizer and template are used.
-        template: "chat" or "instruction".
+        how: prompts are written and responses end.
         limit: longest response in tokens; a longer one is cut and has no EOS.
 
     Raises:
         SparringError: no tokenizer or template, or a response without its prompt.
     """
     tokenizer = tokens.load_tokenizer(model)
-    end = tokens.ending(tokenizer, model, template)
+    end = tokens.ending(tokenizer, model, how)
     encoded = []
     for row in rows:
         if row.prompt_ids:
@@ -131,7 +137,7 @@ def with_ids(
         encoded.append(
             replace(
                 row,
-                prompt_ids=tuple(tokens.prompt_ids(tokenizer, prompts[row.prompt_id], template)),
+                prompt_ids=tuple(tokens.prompt_ids(tokenizer, prompts[row.prompt_id], how)),
                 response_ids=tuple(ids),
                 finish_reason="stop" if ended else "length",
             )

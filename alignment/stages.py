@@ -17,6 +17,7 @@ from sparring.alignment.config import (
     PairSettings,
     ParityConfig,
     PromptsConfig,
+    TemplateConfig,
     TrainConfig,
 )
 from sparring.launch.config import config, parse_portion, positive
@@ -76,7 +77,7 @@ class GenerateStage(GenerateConfig, Loading):
 
 
 @config
-class ParityStage(ParityConfig, Scoring):
+class ParityStage(ParityConfig, TemplateConfig, Scoring):
     """The gate of one iteration."""
 
     dtype: Dtype = "float32"
@@ -85,11 +86,10 @@ class ParityStage(ParityConfig, Scoring):
     """What the responses should have been sampled at; 0 is greedy."""
     top_p: float = 1.0
     """The nucleus they should have been sampled from."""
-    template: Literal["chat", "instruction"] = "chat"
-    """How their prompts should have been written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        TemplateConfig.__post_init__(self)
         Loading.__post_init__(self)
 
 
@@ -109,18 +109,18 @@ class JudgeStage(JudgeConfig):
 
 
 @config
-class PairStage(PairSettings):
-    """Pairing of one iteration."""
+class PairStage(PairSettings, TemplateConfig):
+    """Pairing of one iteration. The template writes prompts for responses that come as texts,
+    without token ids, and tells how human responses end: as the policy's own turns, or with the
+    tokenizer's EOS."""
 
     rule: str = "best-worst"
     """"best-worst", "all", "random-pair" or "shuffled" of judged responses, a plug-in's name or
     module:function; "real-generated": a human response against the policy's."""
-    template: Literal["chat", "instruction"] = "chat"
-    """How prompts are written for responses that come as texts, without token ids, and how human
-    responses end: as the policy's own turns, or with the tokenizer's EOS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        TemplateConfig.__post_init__(self)
         if self.rule != REAL_GENERATED:
             pair_rule(self.rule)
 
@@ -158,8 +158,9 @@ class ExtrapolateStage:
 
 
 @config
-class EvaluateStage(Scoring):
-    """Measurement of one iterate."""
+class EvaluateStage(TemplateConfig, Scoring):
+    """Measurement of one iterate. The template is for responses that come as texts, and for how
+    human ones end."""
 
     judge: JudgeConfig = JudgeConfig()
     use_judge: bool = True
@@ -172,8 +173,6 @@ class EvaluateStage(Scoring):
     """Responses a forward pass."""
     max_response_tokens: int = 256
     """Where human responses are cut, and those that come as texts."""
-    template: Literal["chat", "instruction"] = "chat"
-    """How prompts are written for responses that come as texts, without token ids."""
     lm_eval: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness to run on `model`; needs the extra "eval"."""
     lm_eval_limit: int = 0
@@ -181,6 +180,7 @@ class EvaluateStage(Scoring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Loading.__post_init__(self)
         if not 0 < self.level < 1:
             raise ValueError(f"level is a probability between 0 and 1, not {self.level}")
         if self.lm_eval_limit < 0:

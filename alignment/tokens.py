@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sparring.alignment.config import TemplateConfig
 from sparring.alignment.rows import Prompt
 from sparring.launch.errors import SparringError
 
@@ -40,19 +41,19 @@ def eos_ids(tokenizer: Any, model_path: Path | str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, template: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt, how: TemplateConfig) -> list[int]:
     """Token ids of a prompt up to where the response begins, with one BOS at most.
 
     Raises:
-        SparringError: the tokenizer has no chat template.
+        SparringError: the tokenizer has no chat template, or its template has no such option.
     """
-    if template == "chat":
+    if how.template == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise SparringError(
                 "the model's tokenizer has no chat template; start from an instruction-tuned "
                 'model, or set generate.template = "instruction"'
             )
-        ids = _chat_ids(tokenizer, prompt)
+        ids = _chat_ids(tokenizer, prompt, how.template_options)
     else:
         text = INSTRUCTION.format(prompt=prompt.text)
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -66,21 +67,27 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template: str) -> list[int]:
     return ids
 
 
-def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def _chat_ids(tokenizer: Any, prompt: Prompt, options: Mapping[str, Any]) -> list[int]:
     """The chat template's ids, in which what a user writes is text.
 
     A message that spells a special token ("<|im_end|>") would otherwise end its own turn.
     """
+    for name in options:  # jinja takes any, and says nothing
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise SparringError(
+                f"the model's chat template reads no {name!r} of generate.template_options; "
+                "see chat_template in its tokenizer's files for what it reads"
+            )
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     texts = [m["content"] for m in messages]
     found = sorted({s for s in _special(tokenizer) for t in texts if s in t}, key=len)
     if not found:
-        return list(_filled(tokenizer, messages, prompt.prompt_id)["input_ids"])
+        return list(_filled(tokenizer, messages, prompt.prompt_id, **options)["input_ids"])
     # Characters of the private use area stand for the spelt tokens until the template is filled in.
     marks = {chr(0xE000 + n): token for n, token in enumerate(reversed(found))}
     for mark, token in marks.items():
         messages = [{**m, "content": m["content"].replace(token, mark)} for m in messages]
-    text = _filled(tokenizer, messages, prompt.prompt_id, tokenize=False)
+    text = _filled(tokenizer, messages, prompt.prompt_id, tokenize=False, **options)
     return [
         token
         for piece in re.split(f"([{''.join(marks)}])", text)
@@ -114,7 +121,7 @@ def _filled(tokenizer: Any, messages: list[dict[str, str]], name: str, **options
         ) from None
 
 
-def ending(tokenizer: Any, model_path: Path | str, template: str) -> int:
+def ending(tokenizer: Any, model_path: Path | str, how: TemplateConfig) -> int:
     """The id that ends a response as samples end: the one that the chat template closes an
     assistant's turn with, where that is one of `eos_ids`; else the tokenizer's EOS.
 
@@ -122,11 +129,12 @@ def ending(tokenizer: Any, model_path: Path | str, template: str) -> int:
     """
     ends = eos_ids(tokenizer, model_path)
     # A base model's tokenizer has no template, and its responses come with their ids.
-    if template == "chat" and len(ends) > 1 and getattr(tokenizer, "chat_template", None):
+    if how.template == "chat" and len(ends) > 1 and getattr(tokenizer, "chat_template", None):
+        options = how.template_options
         question = [{"role": "user", "content": "a"}]
         answer = [*question, {"role": "assistant", "content": "b"}]
-        before = _filled(tokenizer, question, "a")["input_ids"]
-        whole = tokenizer.apply_chat_template(answer)["input_ids"]
+        before = _filled(tokenizer, question, "a", **options)["input_ids"]
+        whole = tokenizer.apply_chat_template(answer, **options)["input_ids"]
         same = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(before, whole, strict=False))
         return next((int(i) for i in whole[len(list(same)) :] if i in ends), ends[0])
     return ends[0]

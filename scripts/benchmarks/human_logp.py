@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sparring.alignment import tokens
+from sparring.alignment.config import TemplateConfig
 from sparring.alignment.logprobs import ScoredPolicy, response_logps
 from sparring.alignment.models import load_policy
 from sparring.launch.collective import device
@@ -37,7 +38,10 @@ def per_token(run: Path, iteration: int) -> dict[str, float]:
     settings = json.loads(manifest.read_text(encoding="utf-8"))["config"]
     policy = run / f"iter{iteration - 1}" / "train" if iteration else run / "model"
     tokenizer = tokens.load_tokenizer(policy)
-    end = tokens.ending(tokenizer, policy, settings["template"])
+    how = TemplateConfig(
+        template=settings["template"], template_options=settings["template_options"]
+    )
+    end = tokens.ending(tokenizer, policy, how)
     limit = settings["max_response_tokens"]
     human = {
         row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], end=end, limit=limit)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparring.alignment.config import ModelConfig
+from sparring.alignment.config import ModelConfig, TemplateConfig
 from sparring.alignment.judges.verifier import check
 from sparring.alignment.models import load_policy, locate
 from sparring.alignment.prompts import constraint_prompts
@@ -65,7 +65,7 @@ def load_data(tokenizer: Any, kinds: Sequence[str], limit: int) -> Data:
     """All constraint prompts of these kinds, shuffled; held out by base question."""
     prompts = [p for p in constraint_prompts(0, 9) if p.prompt_id.rpartition("-")[2] in kinds]
     prompts.sort(key=lambda p: derive(0, "prompt", p.prompt_id))
-    ids = {p.prompt_id: prompt_ids(tokenizer, p, "chat") for p in prompts}
+    ids = {p.prompt_id: prompt_ids(tokenizer, p, TemplateConfig()) for p in prompts}
     prompts = [p for p in prompts if len(ids[p.prompt_id]) <= limit]
     out = {p.group for p in prompts if derive(0, "held out", p.group) < HELD_OUT * 2**62}
     return Data(

@@ -230,6 +230,34 @@ def test_what_a_checkpoint_recommends_changes_nothing(tiny_model: Path, tmp_path
     assert sample_stage(tmp_path / "b", opinionated, some_prompts(4))[0] == plain
 
 
+@pytest.mark.parametrize(
+    ("text", "after", "read"),
+    [
+        (" yes ", "", "yes"),
+        ("<think>a </think> no</think>\n\nyes", "</think>", "yes"),
+        ("well </think>", "</think>", ""),
+        ("<think>cut while thinki", "</think>", ""),
+    ],
+)
+def test_judges_read_what_follows_the_thinking(text: str, after: str, read: str) -> None:
+    assert generate.answer(text, after) == read
+
+
+def test_thinking_is_sampled_but_not_judged(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = some_prompts(3)
+    long = {"max_new_tokens": 30}
+    whole = sample_stage(tmp_path / "a", tiny_model, prompts, **long)[0]
+    letters = [letter for row in whole for letter in row.text]
+    mark = max(set(letters), key=letters.count)
+    rows = sample_stage(tmp_path / "b", tiny_model, prompts, max_new_tokens=30, answer_after=mark)[
+        0
+    ]
+    assert [row.response_ids for row in rows] == [row.response_ids for row in whole]
+    assert not any(mark in row.text for row in rows)
+    assert all(row.text in w.text for row, w in zip(rows, whole, strict=True))
+    assert [row.text for row in rows] != [w.text for w in whole]
+
+
 def test_empty_responses_are_counted(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

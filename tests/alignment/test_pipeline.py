@@ -98,6 +98,15 @@ def test_each_iteration_has_its_own_prompts_or_all_of_them() -> None:
     assert shares(whole) == [(0, 0), (0, 0)]
 
 
+def test_all_stages_write_prompts_alike() -> None:
+    options = {"enable_thinking": False}
+    steps = chain(generate=GenerateConfig(template_options=options))
+    writers = [step for step in steps.values() if hasattr(step.config, "template_options")]
+    kinds = {step.stage.name for step in writers}
+    assert kinds == {"generate", "parity", "pair", "evaluate"}
+    assert all(step.config.template_options == options for step in writers)
+
+
 def test_spin() -> None:
     steps = chain("spin", iterations=3, prompts=PromptsConfig(fresh=False))
     assert not of_kind(steps, "judge")
