@@ -41,6 +41,8 @@ class _Tables(NamedTuple):
     rest: Tensor
     swaps: Tensor
     """(20, 14) slot whose atom takes this one's name in `renamed`."""
+    signs: Tensor
+    """(20, 7) -1 for the torsion that turns by pi with that, else 1."""
     chis: Tensor
     """(20, 4, 4) slots of the atoms of chi1 to chi4."""
 
@@ -48,8 +50,11 @@ class _Tables(NamedTuple):
 @lru_cache(maxsize=16)
 def _tables(device: torch.device, dtype: torch.dtype) -> _Tables:
     swaps = torch.arange(amino.SLOTS).repeat(len(amino.CODES), 1)
+    signs = torch.ones(len(amino.CODES), len(TORSIONS), dtype=dtype)
     chis = torch.zeros(len(amino.CODES), 4, 4, dtype=torch.long)
     for number, code in enumerate(amino.CODES):
+        if code in amino.SYMMETRIC and code != "R":
+            signs[number, TORSIONS.index(f"chi{len(amino.CHIS[code])}")] = -1
         for pair in amino.SYMMETRIC.get(code, ()):
             a, b = (amino.slot(code, name) for name in pair)
             swaps[number, a], swaps[number, b] = b, a
@@ -57,7 +62,7 @@ def _tables(device: torch.device, dtype: torch.dtype) -> _Tables:
             chis[number, chi] = torch.tensor([amino.slot(code, name) for name in names])
     arrays = [torch.tensor(array) for array in amino.geometry()]
     moved = [a.to(device, dtype) if a.is_floating_point() else a.to(device) for a in arrays]
-    return _Tables(*[*moved, swaps.to(device), chis.to(device)])
+    return _Tables(*[*moved, swaps.to(device), signs.to(device), chis.to(device)])
 
 
 def types_of(sequence: str, device: torch.device | str = "cpu") -> Tensor:
@@ -249,6 +254,15 @@ def renamed(atoms: Tensor, types: Tensor) -> Tensor:
     """Atoms (..., N, 14, 3) with the names of symmetric pairs (residues.SYMMETRIC) exchanged."""
     index = _tables(types.device, atoms.dtype).swaps[types].expand(atoms.shape[:-1])
     return torch.gather(atoms, -2, index[..., None].expand(atoms.shape))
+
+
+def turned_over(torsions: Tensor, types: Tensor) -> Tensor:
+    """Torsions (..., N, 7, 2), as sine and cosine, under the other names of symmetric atoms.
+
+    The last chi of ASP, GLU, PHE and TYR turns by pi.
+    """
+    sign = _tables(types.device, torsions.dtype).signs[types]
+    return torsions * sign[..., None]
 
 
 def canonical(atoms: Tensor, types: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ class LossConfig:
     torsion: float = 0.25
     """Squared error of sines and cosines."""
     fape: float = 1.0
-    """Frame-aligned point error of backbone and side chains, at most 10 A."""
+    """Frame-aligned point errors, at most 10 A each: of CA seen from the backbone's frames, and of
+    all heavy atoms seen from all rigid groups."""
     plain: bool = False
     """Only the weighted score matching of translations and rotations (both 1), and torsions: the
     loss whose minimum is exactly the score."""

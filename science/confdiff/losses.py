@@ -189,8 +189,8 @@ def fape(
     """Frame-aligned point error: mean over frames and points of min(clamp, |x - x*|) / scale.
 
     Points are seen from each frame (AlphaFold 2, algorithm 28). It does not see a mirror image as
-    right. With the backbone's frames and atoms it is the backbone's; with all heavy atoms and
-    :func:`renamed` targets it is the side chains'.
+    right. With the backbone's frames and CA it is the backbone's; with all rigid groups and heavy
+    atoms, after symmetric names were :func:`swapped`, it is the side chains'.
 
     Args:
         frames, true_frames: (B, F).
@@ -207,10 +207,10 @@ def fape(
     return masked_mean(error, frame_mask[..., None] & point_mask[:, None])
 
 
-def renamed(
+def swapped(
     predicted: Tensor, target: Tensor, alternative: Tensor, present: Tensor, ambiguous: Tensor
 ) -> Tensor:
-    """Targets with those names of symmetric atoms that the prediction means.
+    """Whether the prediction means the other names of a residue's symmetric atoms.
 
     In ASP, GLU, PHE, TYR (and, for some, ARG) two names may be swapped. A residue takes the
     alternative if distances from its ambiguous atoms to all others agree better with it
@@ -223,7 +223,7 @@ def renamed(
         ambiguous: (B, N, A) bool, atoms whose names may be swapped.
 
     Returns:
-        (B, N, A, 3) nm.
+        (B, N) bool.
     """
     target, alternative = (filled(points, present) for points in (target, alternative))
     sure = (present & ~ambiguous).flatten(1)
@@ -239,8 +239,7 @@ def renamed(
         torch.where(counted, (found - distances(points, target)).abs(), 0.0).sum((-1, -2))
         for points in (target, alternative)
     ]
-    swap = errors[1] < errors[0]
-    return torch.where(swap[..., None, None], alternative, target)
+    return errors[1] < errors[0]
 
 
 def tangent_dot(a: Tangent, b: Tangent, t: Tensor, mask: Tensor, process: Process) -> Tensor:

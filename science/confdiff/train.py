@@ -37,11 +37,14 @@ from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.guidance import Chains
 from sparring.science.confdiff.network import ConformationConfig, ConformationNetwork, load
 from sparring.science.confdiff.process import Process
+from sparring.science.confdiff.rows import TORSIONS
 from sparring.science.confdiff.sizes import SIZES
 from sparring.science.confdiff.solvers import Grid
 from sparring.science.confdiff.tangent import Tangent
 
 _FROM_ATOMS = ("N", "CA", "C", "O")
+# The backbone's group, and one a torsion from psi on: omega and phi move no atom of their residue.
+_GROUPS = [0, *(1 + TORSIONS.index(name) for name in TORSIONS if name not in ("omega", "phi"))]
 
 
 def drawn(
@@ -124,20 +127,36 @@ def loss_terms(
     atoms, _ = atom14.to_atoms(predicted, torsions, batch.types)
     four = len(_FROM_ATOMS)
     near = (atoms[..., :four, :], batch.atoms[..., :four, :], batch.atom_mask[..., :four], t)
-    other = atom14.renamed(batch.atoms, batch.types)
-    ambiguous = batch.atom_mask & ((other - batch.atoms).abs().sum(-1) > 0)
-    target = losses.renamed(atoms, batch.atoms, other, batch.atom_mask, ambiguous)
     terms["backbone"] = losses.backbone_loss(*near)
     terms["distance"] = losses.distance_loss(*near)
-    terms["fape"] = losses.fape(
-        predicted,
-        batch.frames,
+    places = (predicted.translations, batch.frames.translations)
+    backbone = losses.fape(predicted, batch.frames, *places, mask, mask)
+    terms["fape"] = backbone + _side_chain_fape(predicted, torsions, atoms, batch)
+    return terms
+
+
+def _side_chain_fape(predicted: Frames, torsions: Tensor, atoms: Tensor, batch: Batch) -> Tensor:
+    """(B,) of all heavy atoms (B, N, 14, 3) seen from all rigid groups that carry some."""
+    other = atom14.renamed(batch.atoms, batch.types)
+    ambiguous = batch.atom_mask & ((other - batch.atoms).abs().sum(-1) > 0)
+    swap = losses.swapped(atoms, batch.atoms, other, batch.atom_mask, ambiguous)[..., None, None]
+    target = torch.where(swap, other, batch.atoms)
+    turned = torch.where(swap, atom14.turned_over(batch.torsions, batch.types), batch.torsions)
+    there = torch.cat([batch.mask[..., None], batch.torsion_mask], -1)[..., _GROUPS]
+    return losses.fape(
+        _groups(predicted, torsions, batch.types),
+        _groups(batch.frames, turned, batch.types),
         atoms.flatten(1, 2),
         target.flatten(1, 2),
-        mask,
+        there.flatten(1),
         batch.atom_mask.flatten(1),
     )
-    return terms
+
+
+def _groups(frames: Frames, torsions: Tensor, types: Tensor) -> Frames:
+    """(B, F) rigid groups of all residues."""
+    groups = atom14.group_frames(frames, torsions, types)[:, :, _GROUPS]
+    return Frames(groups.rotations.flatten(1, 2), groups.translations.flatten(1, 2))
 
 
 def _weighted(terms: Mapping[str, Tensor], weights: LossConfig) -> Tensor:

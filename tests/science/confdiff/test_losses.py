@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from confdiff_inputs import draws, frames, normal
+from torch import Tensor
 
+from sparring.science.confdiff import atoms as atom14
 from sparring.science.confdiff.config import LossConfig
+from sparring.science.confdiff.dataset import Batch, blank
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.igso3 import exp_rotation
 from sparring.science.confdiff.losses import (
@@ -17,13 +21,15 @@ from sparring.science.confdiff.losses import (
     backbone_loss,
     distance_loss,
     fape,
-    renamed,
     rotation_loss,
+    swapped,
     torsion_loss,
     total,
     translation_loss,
 )
 from sparring.science.confdiff.process import Process
+from sparring.science.confdiff.rows import TORSIONS
+from sparring.science.confdiff.train import loss_terms
 
 PROCESS = Process()
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
@@ -146,10 +152,63 @@ def test_names_of_symmetric_atoms() -> None:
     predicted = torch.nan_to_num(target).clone()
     predicted[0, 1] = alternative[0, 1]  # the second residue means the other names
     turned = predicted @ exp_rotation(normal(3, seed=2)).T + 1
-    found = renamed(turned, target, alternative, present, ambiguous)
-    torch.testing.assert_close(found[0, 0], target[0, 0])
-    torch.testing.assert_close(found[0, 1], alternative[0, 1])
-    assert bool(found.isfinite().all())
+    found = swapped(turned, target, alternative, present, ambiguous)
+    assert found.tolist() == [[False, True, False]]
+
+
+def chain(sequence: str, **changed: float) -> tuple[Batch, Tensor]:
+    """A chain whose second residue has some torsions changed, and all torsions (1, N, 7, 2)."""
+    empty = blank([sequence])
+    angles = atom14.standard_torsions(sequence)
+    for name, change in changed.items():
+        angles[1, TORSIONS.index(name)] += change
+    turns = atom14.sincos(angles)
+    types = empty.types[0]
+    at = atom14.chain_frames(turns, types)
+    atoms, there = atom14.to_atoms(at, turns, types)
+    told = dataclasses.replace(
+        empty,
+        frames=at[None],
+        torsions=turns[None],
+        torsion_mask=atom14.has_torsion(types)[None],
+        atoms=atoms[None],
+        atom_mask=there[None],
+    )
+    return told, turns[None]
+
+
+def fape_of(predicted: Batch, turns: Tensor, told: Batch) -> float:
+    t = torch.tensor([0.1], dtype=torch.float64)
+    x = PROCESS.noised(told.frames, t, told.mask, draws(1, len(told.types[0])))
+    terms = loss_terms(predicted.frames, turns, told, x, t, PROCESS, LossConfig())
+    return float(terms["fape"])
+
+
+def test_fape_is_of_the_backbone_and_of_all_rigid_groups() -> None:
+    told, _ = chain("ADFA")
+    other, turns = chain("ADFA", chi1=0.7)
+    errors = []
+    for frame in range(told.mask.shape[1]):  # torsions as psi and chi1 make groups 3 and 4
+        groups = [atom14.group_frames(c.frames, c.torsions, c.types) for c in (other, told)]
+        for group in [0, *(1 + k for k in range(2, 7) if told.torsion_mask[0, frame, k])]:
+            seen = [g[:, frame, group] for g in groups]
+            local = [
+                (c.atoms[0][c.atom_mask[0]] - at.translations) @ at.rotations[0]
+                for c, at in zip((other, told), seen, strict=True)
+            ]
+            errors.append(torch.linalg.vector_norm(local[0] - local[1], dim=-1).clamp_max(1.0))
+    assert fape_of(other, turns, told) == pytest.approx(float(torch.stack(errors).mean()), abs=2e-4)
+    # Only a side chain was turned, so that CA seen from the backbone are where they were.
+    assert fape_of(other, turns, told) > 0.01
+
+
+@pytest.mark.parametrize(("residue", "chi"), [("D", "chi2"), ("E", "chi3"), ("F", "chi2")])
+def test_fape_does_not_see_names_of_symmetric_atoms(residue: str, chi: str) -> None:
+    told, turns = chain(f"A{residue}A")
+    assert fape_of(told, turns, told) == pytest.approx(2e-4, abs=1e-5)  # fape's own 1e-4, twice
+    # Ideal geometry is not wholly symmetric.
+    assert fape_of(*chain(f"A{residue}A", **{chi: math.pi}), told) < 1.5e-3
+    assert fape_of(*chain(f"A{residue}A", **{chi: math.pi / 2}), told) > 1e-2
 
 
 def test_total() -> None:
