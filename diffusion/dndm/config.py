@@ -193,6 +193,10 @@ class SamplerConfig:
     """What they become; the algorithm's own if empty."""
     temperature: float = 1.0
     """Of the predicted law."""
+    top_k: int = 0
+    """Only the likeliest so many tokens of a position; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens of a position whose chances reach it together; 1: all."""
     length_beam: int = 1
     """Likeliest lengths that are tried for a source; the text counts whose log-probability a token,
     that of the length with it, is best."""
@@ -203,6 +207,9 @@ class SamplerConfig:
         positive("temperature", self.temperature)
         positive("length_beam", self.length_beam)
         within("steps", self.steps, 0, float("inf"))
+        within("top_k", self.top_k, 0, float("inf"))
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is a probability above 0, not {self.top_p}")
         within("count", self.count, 0, float("inf"))
         for value in self.beta:
             positive("beta", value)
@@ -223,6 +230,10 @@ class SamplerConfig:
             a, b = self.beta
             parts.append(f"beta={a:g},{b:g}" if self.schedule == "beta" else self.schedule)
         parts += [part for part in (self.position, self.token) if part]
+        if self.top_k:
+            parts.append(f"k={self.top_k}")
+        if self.top_p < 1:
+            parts.append(f"p={self.top_p:g}")
         if self.length_beam > 1:
             parts.append(f"beam={self.length_beam}")
         return "-".join(parts)

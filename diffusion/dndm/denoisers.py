@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from sparring.diffusion.dndm.noise import Noise
 
@@ -214,7 +215,12 @@ def integer_time(denoiser: Denoiser, steps: int) -> Denoiser:
 
 
 def shaped(
-    denoiser: Denoiser, *, temperature: float = 1.0, suppress_tokens: Sequence[int] = ()
+    denoiser: Denoiser,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    suppress_tokens: Sequence[int] = (),
 ) -> Denoiser:
     """logits / temperature, with -inf for tokens that must not be generated.
 
@@ -223,16 +229,24 @@ def shaped(
     Args:
         denoiser: any.
         temperature: positive.
-        suppress_tokens: ids, in 0..K-1.
+        top_k: only the likeliest so many tokens of a position; 0 for all.
+        top_p: only the likeliest tokens whose chances reach it together, in (0, 1].
+        suppress_tokens: ids, in 0..K-1; the two above are of the other tokens.
 
     Raises:
-        ValueError: temperature is not positive; at a call, an id outside the vocabulary.
+        ValueError: a number out of range; at a call, an id outside the vocabulary.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"temperature must be positive, not {temperature!r}; token='argmax' is the limit 0"
         )
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 1, or 0 for all tokens, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is a probability above 0, not {top_p}")
     never = list(suppress_tokens)
+    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     def shape(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         logits = denoiser(x, t, **cond) / temperature
@@ -242,6 +256,8 @@ def shaped(
             )
         if never:
             logits[..., never] = -torch.inf
+        for warper in warpers:  # which take rows of logits, and no tokens
+            logits = warper(None, logits.flatten(0, -2)).view(logits.shape)
         return logits
 
     return shape

@@ -28,6 +28,8 @@ def generate(
     attention_mask: Tensor | None = None,
     sampler: str | Sampler = "dndm",
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     suppress_tokens: Sequence[int] = (),
     generator: Generators | None = None,
     output_history: bool = False,
@@ -47,7 +49,7 @@ def generate(
         max_new_tokens: free positions that are added at the right.
         attention_mask: (B, N), handed to the model, ones added for new tokens.
         sampler: a name from `ALGORITHMS`, with its `settings`, or a sampler.
-        temperature, suppress_tokens: as of `shaped`.
+        temperature, top_k, top_p, suppress_tokens: as of `shaped`.
         generator: one, or one a row; torch's default generator if None.
         output_history: keep x before the first call and after each.
         cond: more keyword arguments for the model; tensors have the batch as first axis.
@@ -86,8 +88,16 @@ def generate(
         sampler = algorithm(sampler, **settings)
     elif settings:
         raise ValueError(f"settings {sorted(settings)} belong to named samplers: set them on yours")
+    # A masked language model may like its mask best, which is no token that could be kept.
+    never = [*suppress_tokens, *([] if noise.mask_id is None else [noise.mask_id])]
     return sampler.sample(
-        shaped(denoiser, temperature=temperature, suppress_tokens=suppress_tokens),
+        shaped(
+            denoiser,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            suppress_tokens=never,
+        ),
         _widened(input_ids, max_new_tokens, 0),
         _widened(free_mask, max_new_tokens, 1),
         noise=noise,

@@ -99,6 +99,8 @@ class TextSampler:
         denoiser = shaped(
             self.network.denoiser,
             temperature=self.settings.temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
             suppress_tokens=[PAD, UNK, MASK],
         )
         made = self.sampler.sample(

@@ -173,6 +173,38 @@ def test_temperature_shapes_the_law() -> None:
     assert logits.tolist() == [[[0.0, 1.0, 2.0]]]
 
 
+def test_only_the_likeliest_tokens() -> None:
+    chances = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.05, 0.05, 0.1, 0.8]]])
+
+    def kept(**options: float | list[int]) -> list[list[int]]:
+        law = shaped(lambda x, t: chances.log(), **options)(None, None).softmax(-1)  # type: ignore[arg-type]
+        left = [row.nonzero().flatten().tolist() for row in law[0]]
+        for row, tokens, before in zip(law[0], left, chances[0], strict=True):
+            torch.testing.assert_close(row[tokens], before[tokens] / before[tokens].sum())
+        return left
+
+    assert kept(top_k=1) == [[0], [3]]
+    assert kept(top_k=3) == [[0, 1, 2], [0, 1, 2, 3]]  # equals stay together
+    assert kept(top_p=0.65) == [[0, 1], [3]]
+    assert kept(top_p=0.65, suppress_tokens=[0]) == [[1, 2], [3]]
+    assert kept(top_k=9, top_p=1.0) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_samples_are_of_the_likeliest_tokens(bert: BertForMaskedLM) -> None:
+    for seed in range(5):
+        one, best = (
+            generate(
+                bert,
+                PROMPT,
+                mask_token_id=MASK,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            ).sequences
+            for options in ({"top_k": 1}, {"token": "argmax"})
+        )
+        assert torch.equal(one, best)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 50, 1000, 4000, 100_000])
 def test_integer_times_are_the_trained_ones(steps: int) -> None:
     """k / T in float32 is step k - 1; between steps the next one; never T."""
@@ -245,6 +277,8 @@ def test_bad_input(bert: BertForMaskedLM) -> None:
         ({"mask_token_id": None, "noise": uniform(V)}, "pass free_mask"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
         ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"top_k": -1}, "top_k must be at least 1, or 0 for all tokens, not -1"),
+        ({"top_p": 0.0}, "top_p is a probability above 0, not 0.0"),
         ({"sampler": "beam"}, "algorithm must be one of"),
         ({"sampler": dndm(3), "steps": 5}, "belong to named samplers"),
         ({"steps": 0}, "steps must be .* not 0"),
