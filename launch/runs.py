@@ -114,7 +114,7 @@ def plan(pipeline: Pipeline, recipe: Any, folder: Path) -> list[Planned]:
         if inputs is not None:
             artifact = artifacts.read(output)
             done = artifact is not None and artifact.key == stages.content_key(
-                step, inputs, recipe.launch
+                step, stages.digests(inputs), recipe.launch
             )
             state = "done" if done else "to do"
             if done:

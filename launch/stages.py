@@ -182,8 +182,13 @@ def _versions_elsewhere(python: str, packages: tuple[str, ...]) -> dict[str, str
     return typing.cast("dict[str, str]", json.loads(done.stdout))
 
 
-def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:
-    """Hash of all that decides a step's output."""
+def digests(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """What a step's inputs hold, by name; a folder of another program is read whole for it."""
+    return {name: artifacts.content_digest(path) for name, path in inputs.items()}
+
+
+def content_key(step: Step, inputs: Mapping[str, str], launch: LaunchConfig) -> str:
+    """Hash of all that decides a step's output; of the inputs their `digests`."""
     python = processes.python_of(launch.python, step.stage.name)
     named = _named_files(step)
     return artifacts.hash_json(
@@ -193,7 +198,7 @@ def content_key(step: Step, inputs: Mapping[str, Path], launch: LaunchConfig) ->
             "packages": package_versions(step.stage, python),
             "config": plain(step.config),
             "seed": step.seed,
-            "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+            "inputs": dict(inputs),
             **({"files": named} if named else {}),
         }
     )
@@ -273,7 +278,8 @@ def execute(
         SparringError: the stage failed, or another process is making the same artifact.
         Stopped: asked to stop; what is done stays.
     """
-    key = content_key(step, inputs, launch)
+    given = digests(inputs)
+    key = content_key(step, given, launch)
     artifact = artifacts.prepare(output, key)
     if artifact:
         return artifact, False
@@ -297,7 +303,7 @@ def execute(
             ),
             "config": plain(step.config),
             "seed": step.seed,
-            "inputs": {name: artifacts.content_digest(path) for name, path in inputs.items()},
+            "inputs": given,
             "processes": place.total,
             "seconds": round(time.time() - started, 2),
             "figures": figures,
