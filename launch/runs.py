@@ -137,7 +137,7 @@ def sigterm_stops() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _claim(folder: Path, recipe: Any, *, changed: bool) -> None:
+def claim(folder: Path, recipe: Any, *, changed: bool = False) -> None:
     """Record the recipe in the folder, or refuse a folder of another one."""
     # How a run is launched may change between two calls: it is not part of what it computes.
     new = {k: v for k, v in plain(recipe).items() if k != "launch"}
@@ -174,7 +174,7 @@ def execute(
     launch: LaunchConfig = recipe.launch
     stages.all_hosts(launch)  # a wrong one before any work
     with artifacts.locked(folder / ".lock", folder), sigterm_stops():
-        _claim(folder, recipe, changed=changed)
+        claim(folder, recipe, changed=changed)
         with tracking(
             launch.track, folder.name, plain(recipe), folder / TRACKING, reporter.note
         ) as trackers:
