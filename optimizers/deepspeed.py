@@ -112,6 +112,13 @@ def check_config(config: Mapping[str, Any], *, client_optimizer: bool) -> None:
             "by it",
             "set it to false",
         )
+    if zero.get("round_robin_gradients"):
+        refuse(
+            "zero_optimization.round_robin_gradients",
+            "under ZeRO 1 and 2 DeepSpeed then stores parameters in another order than it says "
+            "which is where",
+            "set it to false",
+        )
     if offload.get("ratio", 1.0) != 1.0:
         refuse(
             f"offload_optimizer.ratio = {offload['ratio']}",

@@ -7,6 +7,7 @@ Trainer(..., optimizer_cls_and_kwargs=(MARSFactory, {"lr": 3e-4}))  # where it i
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,11 +127,24 @@ def _refuse_shardings(trainer: Any) -> None:
             raise ValueError(f"fsdp_version = {version}: {FSDP1}")
 
 
+def _makes_batches(kind: type) -> str:
+    """The method in which a trainer makes its batches; "" if they come from its dataset."""
+    if kind._prepare_inputs is not Trainer._prepare_inputs:  # type: ignore[attr-defined]
+        return "_prepare_inputs"
+    for base in kind.__mro__[: kind.__mro__.index(Trainer)]:
+        step = vars(base).get("training_step")
+        # TRL's SFT and DPO only put a context around it; GKD and OnlineDPO generate there.
+        with contextlib.suppress(OSError, TypeError):  # no source to be read
+            if step and "generat" in inspect.getsource(inspect.unwrap(step)).lower():
+                return f"{base.__name__}.training_step"
+    return ""
+
+
 def _refuse_exact(trainer: Any) -> None:
-    if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:
+    if where := _makes_batches(type(trainer)):
         raise ValueError(
             f"exact=True needs every batch twice, but {type(trainer).__name__} makes its batches "
-            "while it trains (_prepare_inputs), so that the second run would see another batch; "
+            f"while it trains ({where}), so that the second run would see another batch; "
             "use exact=False"
         )
     if trainer.args.n_gpu > 1:

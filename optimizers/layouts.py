@@ -233,6 +233,24 @@ def _zero3(tensor: Tensor, position: int, candidates: Candidates) -> Layout | No
     return Layout(tuple(segments), tuple(held), (group,))
 
 
+_MISPLACED = (
+    "DeepSpeed's float32 copy of a parameter of shape {shape} is not where DeepSpeed says: set "
+    "zero_optimization.round_robin_gradients to false, with which it stores parameters in another "
+    "order, and load weights before deepspeed.initialize, or by the engine's load_checkpoint"
+)
+
+
+def _holds(mapping: Any, parameter: Tensor) -> bool:
+    """Whether a rank's float32 copy of a stretch of a parameter is one."""
+    copy = mapping.hp_fragment
+    if copy is None:  # moved away; there is nothing to compare
+        return True
+    here = mapping.lp_fragment_address
+    given = parameter.detach().flatten()[here.start : here.start + here.numel]
+    copy = copy.detach().to(given)
+    return bool(((copy == given) | copy.isnan()).all())
+
+
 def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | None:
     """ZeRO 1 and 2, BF16_Optimizer: a rank's stretch of the concatenated, padded group."""
     mapped = [(i, o) for i, o in candidates if hasattr(o.parameter, "_hp_mapping")]
@@ -249,6 +267,8 @@ def _zero12(tensor: Tensor, position: int, candidates: Candidates) -> Layout | N
             return None
         held = mapping.hp_fragment_address
         segments.append(Segment(index, mapping.lp_fragment_address.start, held.start, held.numel))
+        if not _holds(mapping, parameter):
+            raise ValueError(_MISPLACED.format(shape=original.shape))
     group = mapped[0][1].parameter._dp_group
     return Layout(tuple(segments), tuple(i for i, _ in mapped), (group,))
 

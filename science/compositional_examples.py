@@ -31,6 +31,19 @@ def _matrix(name: str, values: npt.ArrayLike) -> FloatArray:
     return matrix
 
 
+def _constants(*tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A problem's constants by number type and device of a tensor, moved once each."""
+    moved: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def of(like: Tensor) -> tuple[Tensor, ...]:
+        key = (like.dtype, like.device)
+        if key not in moved:
+            moved[key] = tuple(tensor.to(like) for tensor in tensors)
+        return moved[key]
+
+    return of
+
+
 def synthetic_returns(
     periods: int = 2000, assets: int = 200, *, kappa: float = 20.0, seed: int = 0
 ) -> FloatArray:
@@ -101,19 +114,23 @@ def portfolio(returns_TN: npt.ArrayLike) -> CompositionalProblem:
     Raises:
         ValueError: Σ is singular, so that Φ has no minimum.
     """
-    returns = torch.from_numpy(_matrix("returns", returns_TN))
-    periods, assets = returns.shape
+    table = torch.from_numpy(_matrix("returns", returns_TN))
+    (periods, assets), constants = table.shape, _constants(table)
 
     def inner(x: Tensor, rows: Tensor) -> Tensor:
+        (returns,) = constants(x)
         return torch.cat([x.expand(len(rows), -1), (returns[rows] @ x)[:, None]], 1)
 
     def jacobian(x: Tensor, rows: Tensor) -> Tensor:
-        return torch.cat([torch.eye(assets, dtype=x.dtype), returns[rows].mean(0)[None]])
+        (returns,) = constants(x)
+        return torch.cat([torch.eye(assets).to(x), returns[rows].mean(0)[None]])
 
     def outer(y: Tensor, rows: Tensor) -> Tensor:
+        (returns,) = constants(y)
         return (returns[rows] @ y[:-1] - y[-1]) ** 2 - y[-1]
 
     def gradient(y: Tensor, rows: Tensor) -> Tensor:
+        (returns,) = constants(y)
         chosen = returns[rows]
         excess = 2 * (chosen @ y[:-1] - y[-1])
         return torch.cat([excess @ chosen / len(rows), -1 - excess.mean()[None]])
@@ -184,21 +201,23 @@ def bellman(
     expected = R if R.ndim == 1 else (P * R).sum(1)
     sampled = np.zeros_like(P) if R.ndim == 1 else states * P * R
     constant = -expected if R.ndim == 1 else np.zeros(states)
-    features, weight = torch.from_numpy(phi), torch.from_numpy(gamma * states * P)
-    drawn, fixed = torch.from_numpy(sampled), torch.from_numpy(constant)
+    arrays = (phi, gamma * states * P, sampled, constant)
+    constants = _constants(*(torch.from_numpy(array) for array in arrays))
 
     def inner(w: Tensor, rows: Tensor) -> Tensor:
+        features, weight, drawn, fixed = constants(w)
         known = features @ w + fixed
         return known - (drawn[:, rows] + weight[:, rows] * (features[rows] @ w)).T
 
     def jacobian(w: Tensor, rows: Tensor) -> Tensor:
+        features, weight, _, _ = constants(w)
         return features - weight[:, rows] @ features[rows] / len(rows)
 
     def outer(y: Tensor, rows: Tensor) -> Tensor:
         return y[rows] ** 2
 
     def gradient(y: Tensor, rows: Tensor) -> Tensor:
-        return torch.zeros_like(y).index_add(0, rows, 2 * y[rows] / len(rows))
+        return torch.zeros_like(y).index_add(0, rows.to(y.device), 2 * y[rows] / len(rows))
 
     design = phi - gamma * P @ phi
     best = np.linalg.lstsq(design, expected, rcond=None)[0]
@@ -288,17 +307,19 @@ def sne(probabilities_NN: npt.ArrayLike, dimensions: int = 2) -> CompositionalPr
         probabilities_NN: (N, N), not negative, as of `neighbour_probabilities`.
         dimensions: of w_i.
     """
-    P = torch.from_numpy(_matrix("probabilities", probabilities_NN))
-    count = len(P)
-    if P.shape != (count, count) or bool((P < 0).any()):
-        raise ValueError(f"probabilities must be square and not negative, got {tuple(P.shape)}")
+    table = torch.from_numpy(_matrix("probabilities", probabilities_NN))
+    count, constants = len(table), _constants(table)
+    if table.shape != (count, count) or bool((table < 0).any()):
+        raise ValueError(f"probabilities must be square and not negative, got {tuple(table.shape)}")
 
     def kernel(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, d) w_i − w_k and (B, N) N exp(−‖w_i − w_k‖²), 0 where i = k."""
         w = x.view(count, dimensions)
         difference = w[None] - w[rows][:, None]
         value = count * torch.exp(-(difference**2).sum(-1))
-        return difference, value * (torch.arange(count) != rows[:, None])
+        return difference, value * (
+            torch.arange(count, device=x.device) != rows.to(x.device)[:, None]
+        )
 
     def inner(x: Tensor, rows: Tensor) -> Tensor:
         return torch.cat([x.expand(len(rows), -1), kernel(x, rows)[1]], 1)
@@ -306,13 +327,14 @@ def sne(probabilities_NN: npt.ArrayLike, dimensions: int = 2) -> CompositionalPr
     def jacobian(x: Tensor, rows: Tensor) -> Tensor:
         difference, value = kernel(x, rows)
         slope = -2 * difference * value[..., None] / len(rows)  # ∂s_i/∂w_i; −that is ∂s_i/∂w_k
-        lower = torch.zeros(count, count, dimensions, dtype=x.dtype)
+        lower = x.new_zeros(count, count, dimensions)
         every = torch.arange(count)
         lower[every, every] = slope.sum(0)
-        lower.index_add_(1, rows, -slope.transpose(0, 1))
-        return torch.cat([torch.eye(len(x), dtype=x.dtype), lower.view(count, -1)])
+        lower.index_add_(1, rows.to(x.device), -slope.transpose(0, 1))
+        return torch.cat([torch.eye(len(x)).to(x), lower.view(count, -1)])
 
     def outer(y: Tensor, rows: Tensor) -> Tensor:
+        (P,) = constants(y)
         w, s = y[: count * dimensions].view(count, dimensions), y[count * dimensions :]
         squared = ((w[rows][:, None] - w[None]) ** 2).sum(-1)
         # A batch of few samples may leave nothing, or less, of s_i.
@@ -350,22 +372,27 @@ def tanh_regression(
     truth = torch.randn(width, features, **options)
     moments = (b * torch.tanh(a @ truth.T)).mean(0)
     target = c @ moments + noise * torch.randn(samples, **options)
+    constants = _constants(a, b, c, target)
 
     def inner(x: Tensor, rows: Tensor) -> Tensor:
+        a, b, _, _ = constants(x)
         return b[rows] * torch.tanh(a[rows] @ x.view(width, features).T)
 
     def jacobian(x: Tensor, rows: Tensor) -> Tensor:
+        a, b, _, _ = constants(x)
         slope = b[rows] * (1 - torch.tanh(a[rows] @ x.view(width, features).T) ** 2)
         # Unit l depends on row l of W only.
         blocks = slope.T @ a[rows] / len(rows)
-        wide = torch.zeros(width, width, features, dtype=x.dtype)
+        wide = x.new_zeros(width, width, features)
         wide[torch.arange(width), torch.arange(width)] = blocks
         return wide.view(width, -1)
 
     def outer(y: Tensor, rows: Tensor) -> Tensor:
+        _, _, c, target = constants(y)
         return (c[rows] @ y - target[rows]) ** 2 / 2
 
     def gradient(y: Tensor, rows: Tensor) -> Tensor:
+        _, _, c, target = constants(y)
         return (c[rows] @ y - target[rows]) @ c[rows] / len(rows)
 
     return CompositionalProblem(

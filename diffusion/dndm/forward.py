@@ -71,6 +71,7 @@ def corrupt(
     w = noise.from_uniform(uniform_like(x0_BN, generator))
     made = []
     for t in times_B:
+        t = t.to(x0_BN.device)
         noisy = hit(u, t, schedule)
         if free_BN is not None:
             noisy = noisy & free_BN

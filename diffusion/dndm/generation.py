@@ -46,7 +46,8 @@ def generate(
         mask_token_id: of absorbing noise, for models that know their vocab_size but no noise.
         noise: in its place, for any other denoiser or noise.
         free_mask: (B, N) bool, what is generated. None for the mask tokens.
-        max_new_tokens: free positions that are added at the right.
+        max_new_tokens: free positions that are added to a row, behind the last token that its
+            attention_mask shows and before its padding.
         attention_mask: (B, N), handed to the model, ones added for new tokens.
         sampler: a name from `ALGORITHMS`, with its `settings`, or a sampler.
         temperature, top_k, top_p, suppress_tokens: as of `shaped`.
@@ -60,7 +61,7 @@ def generate(
 
     Raises:
         ValueError: neither or both of mask_token_id and noise, a tensor of another shape, no free
-            position, or what the sampler raises.
+            position, max_new_tokens beside conditions of positions, or what the sampler raises.
     """
     for name, value in (
         ("input_ids", input_ids),
@@ -80,8 +81,11 @@ def generate(
     conditions = dict(cond or {})
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if max_new_tokens:
+        _refuse_positions(conditions, input_ids.shape)
+    places = _places(input_ids, attention_mask, max_new_tokens)
     if attention_mask is not None:
-        conditions["attention_mask"] = _widened(attention_mask, max_new_tokens, 1)
+        conditions["attention_mask"] = _widened(attention_mask, places, 1)
     if isinstance(sampler, str):
         if "steps" in settings_of(sampler):
             settings.setdefault("steps", _STEPS)
@@ -98,8 +102,8 @@ def generate(
             top_p=top_p,
             suppress_tokens=never,
         ),
-        _widened(input_ids, max_new_tokens, 0),
-        _widened(free_mask, max_new_tokens, 1),
+        _widened(input_ids, places, 0),
+        _widened(free_mask, places, 1),
         noise=noise,
         generator=torch.default_generator if generator is None else generator,
         cond=conditions,
@@ -110,9 +114,31 @@ def generate(
 _STEPS = 50
 
 
-def _widened(values_BN: Tensor, more: int, fill: int) -> Tensor:
-    new = torch.full((len(values_BN), more), fill, device=values_BN.device)
-    return torch.cat([values_BN, new.to(values_BN.dtype)], 1)
+def _places(ids_BN: Tensor, attention_mask: Tensor | None, more: int) -> Tensor:
+    """(B, N + more): which position a widened row has where; N stands for a new one."""
+    rows, size = ids_BN.shape
+    at = torch.arange(size + more, device=ids_BN.device).expand(rows, -1)
+    if attention_mask is None:
+        end = at.new_full((rows, 1), size)
+    else:
+        shown = attention_mask.to(ids_BN.device) != 0
+        end = (shown * (at[:, :size] + 1)).amax(1, keepdim=True)
+    new = (at >= end) & (at < end + more)
+    return torch.where(new, size, torch.where(at < end, at, at - more))
+
+
+def _widened(values_BN: Tensor, places: Tensor, fill: int) -> Tensor:
+    new = torch.full_like(values_BN[:, :1], fill)
+    return torch.cat([values_BN, new], 1).gather(1, places.to(values_BN.device))
+
+
+def _refuse_positions(conditions: Mapping[str, Any], shape: torch.Size) -> None:
+    for name, value in conditions.items():
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            raise ValueError(
+                f"cond[{name!r}] has a value for each of {shape[1]} positions, and max_new_tokens "
+                "adds some: put mask tokens into input_ids in place of max_new_tokens"
+            )
 
 
 def _denoiser_and_noise(

@@ -148,8 +148,10 @@ def variational_term(
     """
     size = logits_BNK.shape[:2]
     flat = logits_BNK.reshape(-1, logits_BNK.shape[-1])
-    alphas = (a.double()[:, None].expand(size).reshape(-1) for a in (alpha_s_B, alpha_t_B))
-    alpha_s, alpha_t = alphas
+    alpha_s, alpha_t = (
+        a.to(flat.device, torch.float64)[:, None].expand(size).reshape(-1)
+        for a in (alpha_s_B, alpha_t_B)
+    )
     x = x_BN.reshape(-1)
     p = posterior_mean(noise.log_probabilities(flat).exp(), x, alpha_s, alpha_t, noise)
     q = posterior(x, x0_BN.reshape(-1), alpha_s, alpha_t, noise)

@@ -161,6 +161,8 @@ def told_sizes(pipeline: Any, sizes: Sequence[tuple[int, ...]]) -> Iterator[None
 @torch.no_grad()
 def to_latents(vae: Any, pixels_BCHW: Tensor) -> Tensor:
     """What the network works on: the mean of the encoder's law, shifted and scaled."""
+    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # SDXL's overflows, and diffusers upcasts it for decoding too
     encoded = vae.encode(pixels_BCHW.to(device=vae.device, dtype=vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -224,10 +226,11 @@ def locate(name: str) -> Path:
     Raises:
         SparringError: no such folder, and the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
+    from diffusers import DiffusionPipeline
 
     try:
-        return Path(snapshot_download(name))
+        # The files that a pipeline loads, not all variants that its repository has.
+        return Path(DiffusionPipeline.download(name))
     except (OSError, ValueError) as error:
         raise SparringError(
             f"{name!r} is no folder here and could not be fetched from the hub: "

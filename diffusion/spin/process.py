@@ -55,6 +55,11 @@ class Process:
             )
         return Process(_NAMES[named], alphas.clone())
 
+    def to(self, device: torch.device) -> Process:
+        """With its tensor there, so that a user's weight may index it by time steps."""
+        alphas = self.alphas_cumprod
+        return Process(self.target, None if alphas is None else alphas.to(device))
+
     def times(self, u_B: Tensor) -> Tensor:
         """(B,) time steps from uniform numbers in [0, 1): 0..T-1, or 1000 s for a flow."""
         if self.alphas_cumprod is None:

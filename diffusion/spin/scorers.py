@@ -84,7 +84,7 @@ class Clip:
     def __init__(self, name: str, path: str, batch: int = 32) -> None:
         from transformers import AutoModel, AutoProcessor
 
-        self.name, self._batch = name, batch
+        self.name, self.batch = name, batch
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path)
             self._model: Any = AutoModel.from_pretrained(path).eval()
@@ -99,8 +99,8 @@ class Clip:
 
         model = self._model.to(device())
         found: list[float] = []
-        for start in range(0, len(images), self._batch):
-            part = slice(start, start + self._batch)
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
             given = self._processor(
                 text=list(prompts[part]),
                 images=[image.convert("RGB") for image in images[part]],
@@ -142,14 +142,18 @@ class Aesthetic:
         """About 1 to 10; prompts play no part."""
         import torch
 
+        from sparring.launch.collective import device
+
+        model = self._clip._model.to(device())
         found: list[float] = []
-        for image in images:
-            given = self._clip._processor(images=image.convert("RGB"), return_tensors="pt")
+        for start in range(0, len(images), self._clip.batch):
+            part = [image.convert("RGB") for image in images[start : start + self._clip.batch]]
+            given = self._clip._processor(images=part, return_tensors="pt").to(model.device)
             with torch.no_grad():
-                features = self._clip._model.get_image_features(**given)
+                features = model.get_image_features(**given)
             pooled = getattr(features, "pooler_output", features)
             unit = pooled / pooled.norm(dim=-1, keepdim=True)
-            found.append(float(unit[0].cpu() @ self._weight + self._bias))
+            found += (unit.cpu() @ self._weight + self._bias).tolist()
         return found
 
 

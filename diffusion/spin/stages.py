@@ -90,7 +90,7 @@ ENCODE_IMAGES = Stage(
     function="sparring.diffusion.spin.encode:run",
     finish="sparring.diffusion.spin.encode:finish",
     config=EncodeImagesStage,
-    version="2",
+    version="3",
     inputs={
         "model": _MODEL,
         "images": _IMAGES,

@@ -90,7 +90,7 @@ class ImageTrainer:
         self.config, self.pairs, self.context = config, pairs, context
         passes = micro_batches(config.batch, config.micro_batch, context.world)
         self.sharding = Sharding(config, context.world, micro_batches=passes)
-        self.process = Process.of(_scheduler(model))
+        self.process = Process.of(_scheduler(model)).to(self.sharding.device)
         self.weight: Any = None if config.weight == "none" else load(config.weight)
         denoiser = pipelines.Denoiser.load(model)
         _check_channels(denoiser.model, pairs, model)

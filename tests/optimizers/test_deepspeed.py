@@ -28,6 +28,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         },
         "ratio = 0.5.*own AdamW; set it to 1.0",
     ),
+    (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin_gradients.*set it to false",
+    ),
     ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow.*remove it"),
     ({"bf16": {"bf16_master_weights_and_grads": True}}, "16-bit masters.*set it to false"),
     ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "GradScaler.*use bfloat16"),

@@ -26,7 +26,12 @@ from transformers import (
 
 from sparring.launch.processes import free_port
 from sparring.optimizers import MARS
-from sparring.optimizers.huggingface import MARSFactory, attach_mars, mars_groups
+from sparring.optimizers.huggingface import (
+    MARSFactory,
+    _makes_batches,
+    attach_mars,
+    mars_groups,
+)
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
@@ -439,10 +444,39 @@ def test_exact_mode_refuses_trainers_that_make_their_batches(tmp_path: Path) -> 
         def _prepare_inputs(self, inputs: Any) -> Any:
             return super()._prepare_inputs(inputs)
 
-    trainer = Online(model=tiny_llama(), args=arguments(tmp_path), train_dataset=rows())
-    with pytest.raises(ValueError, match="Online makes its batches while it trains"):
-        attach_mars(trainer, exact=True)
-    attach_mars(trainer)
+    class OnPolicy(Trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            inputs["input_ids"] = model.generate(inputs["input_ids"])
+            return super().training_step(model, inputs, *rest)
+
+    class Logged(Trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            self.steps_seen = getattr(self, "steps_seen", 0) + 1
+            return super().training_step(model, inputs, *rest)
+
+    def made(kind: type) -> Any:
+        return kind(model=tiny_llama(), args=arguments(tmp_path), train_dataset=rows())
+
+    for kind, where in ((Online, "_prepare_inputs"), (OnPolicy, "OnPolicy.training_step")):
+        trainer = made(kind)
+        name = kind.__name__
+        with pytest.raises(
+            ValueError, match=rf"{name} makes its batches while it trains \({where}"
+        ):
+            attach_mars(trainer, exact=True)
+        attach_mars(trainer)
+    attach_mars(made(Logged), exact=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what TRL imports
+def test_trainers_of_trl_that_generate_are_known() -> None:
+    from trl import DPOTrainer, SFTTrainer
+    from trl.experimental.gkd import GKDTrainer
+    from trl.experimental.online_dpo import OnlineDPOTrainer
+
+    assert [_makes_batches(kind) for kind in (SFTTrainer, DPOTrainer)] == ["", ""]
+    for kind in (GKDTrainer, OnlineDPOTrainer):
+        assert _makes_batches(kind) == f"{kind.__name__}.training_step"
 
 
 # Several processes.

@@ -101,6 +101,15 @@ def test_every_sharding_equals_one_process(world: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+def test_parameters_in_another_order_are_noticed(tmp_path: Path) -> None:
+    """DeepSpeed 0.19 does not say where round_robin_gradients puts them."""
+    tried = [case(stage=s, precision=p, round_robin=True) for s, p in ((1, "fp32"), (2, "bf16"))]
+    (tmp_path / "cases.json").write_text(json.dumps(tried))
+    for results in launch(WORKER, 2, tmp_path, str(tmp_path / "cases.json")):
+        assert all("ValueError: DeepSpeed's float32 copy" in one["error"] for one in results)
+
+
+@pytest.mark.dist
 def test_universal_checkpoint_of_two_ranks_goes_on_with_three(tmp_path: Path) -> None:
     """DeepSpeed drops last_grad there: the first step has c = g."""
     # One group: DeepSpeed 0.19 gives all groups the settings of the first, and stumbles over a rank

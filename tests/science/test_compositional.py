@@ -144,6 +144,29 @@ def test_a_start_that_is_not_finite_and_a_spent_budget_say_so() -> None:
     assert spent.nit == 1
 
 
+@pytest.mark.parametrize(
+    ("problem", "size"),
+    [
+        (examples.portfolio(examples.synthetic_returns(30, 4)), 4),
+        (examples.random_bellman(8, 3), 3),
+        (TANH, 6),
+        (examples.digits_sne(20, perplexity=5.0), 40),
+    ],
+    ids=["portfolio", "bellman", "tanh", "sne"],
+)
+def test_examples_take_the_number_type_of_x0(problem: CompositionalProblem, size: int) -> None:
+    start = torch.linspace(-0.3, 0.4, size, dtype=torch.float64)
+
+    def run(dtype: torch.dtype):
+        options = {"lr": 0.01, "batch": 4, "max_iter": 5}
+        return minimize_compositional(problem, start.to(dtype), "sarah-c", **options)
+
+    single, double = run(torch.float32), run(torch.float64)
+    np.testing.assert_allclose(single.x, double.x, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(single.x, single.x.astype(np.float32))
+    assert not np.array_equal(single.x, double.x)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["sarah-c", "scgd"])
 def test_on_a_gpu(method: str) -> None:

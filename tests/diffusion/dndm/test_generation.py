@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,20 @@ def test_new_tokens(bert: BertForMaskedLM) -> None:
     assert torch.equal(made.sequences[:, :3], x)
     assert made.nfe == 5
     assert made.row_evaluations == 10
+
+
+def test_new_tokens_stand_before_the_padding(bert: BertForMaskedLM) -> None:
+    """So that a row of a batch is what it is alone."""
+    x = torch.tensor([[2, 7, 0, 0], [2, 8, 9, 6]])
+    options: dict[str, Any] = {"mask_token_id": MASK, "max_new_tokens": 3, "steps": 9}
+    made = generate(
+        bert, x, attention_mask=x.ne(0).long(), generator=[seeded(1), seeded(2)], **options
+    ).sequences
+    alone = generate(bert, x[:1, :2], generator=[seeded(1)], **options).sequences
+    assert torch.equal(made[0], torch.cat([alone[0], torch.zeros(2, dtype=torch.long)]))
+    assert torch.equal(made[1, :4], x[1])
+    with pytest.raises(ValueError, match=r"cond\['token_type_ids'\] has a value for each of 4"):
+        generate(bert, x, cond={"token_type_ids": torch.zeros_like(x)}, **options)
 
 
 def test_multinomial_noise_and_a_denoiser() -> None:
