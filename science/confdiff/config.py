@@ -289,6 +289,11 @@ class ConformationSampleConfig:
                 f'correction = "{self.correction}" weighs the steps of solver = "sde", not those '
                 f"of {self.solver}"
             )
+        if self.correction != "none" and self.filter:
+            raise ValueError(
+                f'correction = "{self.correction}" weighs samples, and a filter would change their '
+                "law: give --filter False (filter = false in a recipe)"
+            )
 
     @property
     def name(self) -> str:
@@ -313,15 +318,18 @@ class ConformationEvaluateConfig(ForceFieldConfig):
 
     reweight: float = 0.0
     """K: weigh the samples, which need energies and a temperature, to this one; 0: as they are."""
+    structures: int = 1000
+    """How many of the samples are looked at, drawn at random: distances of histograms compare at
+    one number only, since fewer draws of the same law are farther from it; 0: all."""
     lag: int = 10
-    """Frames, of the reference's TICA."""
+    """Frames, of the reference's TICA; 0: no TICA, as for structures that are no trajectory."""
     energies: int = 200
     """Structures whose energy is computed after hydrogens were placed and relaxed; 0: none."""
 
     def __post_init__(self) -> None:
         within("reweight", self.reweight, 0, math.inf)
-        within("energies", self.energies, 0, math.inf)
-        positive("lag", self.lag)
+        for name in ("energies", "structures", "lag"):
+            within(name, getattr(self, name), 0, math.inf)
 
 
 @config
@@ -358,4 +366,29 @@ class ConformationRecipe:
             raise ValueError("md.sequence is empty; give one-letter codes, such as AAAAA")
         if not self.arms:
             raise ValueError("a recipe needs at least one of [[arms]]")
+        for arm in self.arms:
+            self._check(arm)
+        frames = round(1000 * self.md.nanoseconds / self.md.save_every)
+        if self.evaluate.lag >= max(1, frames):
+            raise ValueError(
+                f"evaluate.lag = {self.evaluate.lag} frames, but a replica has {frames}; lower it, "
+                "or simulate longer"
+            )
+
+    def _check(self, arm: ConformationSampleConfig) -> None:
+        """Refuse now what a stage would refuse after the simulations."""
+        if arm.guidance == "none" and arm.correction != "none":
+            raise ValueError(f"arm {arm.name}: a correction needs guidance")
+        if arm.guidance == "force" and arm.correction != "none":
+            raise ValueError(f"arm {arm.name}: a correction needs an energy guide, not a force's")
+        if arm.guidance != "none" and self.target == self.md.temperature:
+            raise ValueError(
+                f"target and md.temperature are both {self.target:g} K: there is nothing to guide"
+            )
+        law = self.target if arm.guidance != "none" else self.md.temperature
+        if arm.temperature not in (0, law):
+            raise ValueError(
+                f"arm {arm.name}: temperature = {arm.temperature:g} K, but its law is that of "
+                f"{law:g} K; leave it out"
+            )
         check_names([arm.name for arm in self.arms], "arms")

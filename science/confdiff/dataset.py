@@ -208,7 +208,7 @@ def _padded(
 
 
 def read_conformations(folders: Sequence[Path]) -> list[Conformation]:
-    """All rows of some artifacts.
+    """All rows of some artifacts, or of parquet files such as one's heldout.parquet.
 
     Raises:
         SparringError: a folder holds none.
@@ -217,7 +217,7 @@ def read_conformations(folders: Sequence[Path]) -> list[Conformation]:
         raise SparringError("no conformations are given; name artifacts with --data")
     rows: list[Conformation] = []
     for folder in folders:
-        path = folder / CONFORMATIONS
+        path = folder if folder.suffix == ".parquet" else folder / CONFORMATIONS
         if not path.is_file():
             raise SparringError(
                 f"{folder} has no {CONFORMATIONS}; conf md, conf structures and conf label make one"

@@ -58,10 +58,11 @@ class Ensemble:
         return self.atoms[:, :, 1]
 
     def phi_psi(self) -> Array:
-        """(S, N, 2) radians, NaN where undefined; psi by the next N where there is one."""
-        found = atom14.backbone_torsions(torch.from_numpy(self.atoms)).numpy()[..., 1:]
-        # The ends' are known from their own torsions only.
-        return np.where(np.isnan(found), self.torsions[..., 1:3], found)
+        """(S, N, 2) radians, NaN for the first phi and the last psi.
+
+        No frame tells these two: in samples they are a prediction, nearly the same for all.
+        """
+        return atom14.backbone_torsions(torch.from_numpy(self.atoms)).numpy()[..., 1:]
 
     def replicas(self, where: Path) -> list[Array]:
         """CA of each replica of a simulation, or of each trajectory that was read.
@@ -172,7 +173,8 @@ def _torsion_figures(
     for name, metric in compared.items():
         distance = metric(ours, theirs, logs)
         found |= {name: distance.js, f"{name}_hit_rate": distance.hit_rate}
-        found[f"{name}_floor"] = metrics.noise_floor(metric, np.array_split(theirs, replicas)).js
+        floor = metrics.noise_floor(metric, np.array_split(theirs, replicas), len(ours))
+        found[f"{name}_floor"] = floor.js
     return found
 
 
@@ -190,6 +192,18 @@ def _states(inputs: Mapping[str, Path], sequence: str) -> Array | None:
     return np.stack([atoms_array(row)[:, 1] for row in rows]).astype(np.float64)
 
 
+def _note_other_law(
+    sample: Ensemble, reference: Ensemble, config: ConformationEvaluateConfig, context: Context
+) -> None:
+    """Say that ensembles of two temperatures are compared; it may be meant."""
+    ours, theirs = ({row.temperature for row in e.rows} for e in (sample, reference))
+    if config.reweight:
+        ours = {config.reweight}
+    if None not in ours | theirs and ours != theirs:
+        names = [" and ".join(f"{t:g} K" for t in sorted(filter(None, k))) for k in (ours, theirs)]
+        context.emit(note=f"the samples are of {names[0]}, the reference of {names[1]}")
+
+
 def run(
     config: ConformationEvaluateConfig,
     inputs: Mapping[str, Path],
@@ -201,15 +215,23 @@ def run(
     Raises:
         SparringError: different chains, or energies that reweighting needs are missing.
     """
-    sample = Ensemble(read_conformations([inputs["samples"]]), inputs["samples"])
+    rows = read_conformations([inputs["samples"]])
+    if config.structures:
+        kept = metrics.thinned(len(rows), config.structures, derive(context.seed, "structures"))
+        rows = [rows[n] for n in kept]
+    sample = Ensemble(rows, inputs["samples"])
     reference = Ensemble(read_conformations([inputs["reference"]]), inputs["reference"])
     if (sample.sequence, sample.capped) != (reference.sequence, reference.capped):
         raise SparringError(
             f"the samples are of {sample.chain}, the reference of {reference.chain}"
         )
+    _note_other_law(sample, reference, config, context)
     logs = weights_of(sample, config.reweight)
     replicas = reference.replicas(inputs["reference"])
-    figures: Figures = metrics.compare(sample.ca, replicas, config.lag, logs)
+    tica = (
+        metrics.TicaModel(replicas, config.lag) if config.lag and len(sample.sequence) > 2 else None
+    )
+    figures: Figures = metrics.compare(sample.ca, replicas, tica, logs)
     figures |= _torsion_figures(sample, reference, len(replicas), logs)
     figures |= {
         "peptide_break": metrics.peptide_break(sample.atoms, logs),
@@ -218,7 +240,6 @@ def run(
     }
     known = _states(inputs, sample.sequence)
     figures |= coverage.figures(sample.ca, reference.ca, logs, known, sample.sequence)
-    tica = metrics.TicaModel(replicas, config.lag) if len(sample.sequence) > 2 else None
     panels = _panel(sample, tica, logs)
     panels |= {f"reference_{k}": v for k, v in _panel(reference, tica, None).items()}
     # The same draw for all ensembles that are compared with this reference.
@@ -228,6 +249,7 @@ def run(
         figures |= {f"{name}{k}": v for k, v in _energy_figures(energies, mine).items()}
         panels |= {
             f"{name}energy": energies,
+            f"{name}energy_of": np.array([ensemble.rows[n].number for n in chosen], dtype=float),
             f"{name}energy_weights": metrics.normalised(mine, len(energies))
             if len(energies)
             else energies,

@@ -82,8 +82,12 @@ class Relaxation:
             self._springs.addGlobalParameter("stiffness", stiffness)
             for axis in "xyz":
                 self._springs.addPerParticleParameter(f"{axis}0")
-            names = [a.name for a in molecule.topology.atoms()]
-            self._held = [i for i, name in enumerate(names) if name in _BACKBONE]
+            self._held = [
+                number
+                for number, atom in enumerate(molecule.topology.atoms())
+                # NME's methyl is named C too.
+                if atom.name in _BACKBONE and (atom.residue.name, atom.name) != ("NME", "C")
+            ]
             for atom in self._held:
                 self._springs.addParticle(atom, [0.0, 0.0, 0.0])
             system.addForce(self._springs)

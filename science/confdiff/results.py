@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import trim_mean
 
 from sparring.launch import artifacts
 from sparring.launch.comparison import interval
@@ -30,6 +31,7 @@ _SHOWN = (
     "val_break",
     "energy",
     "energy_median",
+    "energy_shift",
     "energy_std",
     "ess",
     "structures",
@@ -48,6 +50,42 @@ def folders(recipe: ConformationRecipe, run: Path) -> dict[str, list[Path]]:
         found[arm.name] = [run / arm.name / f"seed{n}" / EVALUATE.name for n in seeds]
     kept = {name: [p for p in paths if artifacts.read(p)] for name, paths in found.items()}
     return {name: paths for name, paths in kept.items() if paths}
+
+
+def energy_shift(arm: Path, base: Path) -> float:
+    """kJ/mol: what guidance did to the relaxed energy, over pairs of samples with the same noise.
+
+    A mean without the twentieth of pairs at either end: of a few the atoms lie on each other, and
+    their energies are hundreds away.
+
+    Args:
+        arm: evaluation of a guided arm.
+        base: that of the arm without guidance and the same seed.
+    """
+    with_guide, without = (
+        dict(zip(panels["energy_of"], panels["energy"], strict=True))
+        for panels in (_panels(arm), _panels(base))
+    )
+    pairs = [with_guide[n] - without[n] for n in with_guide.keys() & without.keys()]
+    return float(trim_mean(pairs, 0.05)) if pairs else float("nan")
+
+
+def _with_shifts(
+    recipe: ConformationRecipe, found: Mapping[str, list[Path]]
+) -> dict[str, list[dict[str, float]]]:
+    """Figures by ensemble; those of guided arms with their shift, where there is a base to pair."""
+    rows = {name: figures(paths) for name, paths in found.items()}
+    base = next((arm for arm in recipe.arms if arm.guidance == "none"), None)
+    beside = {path.parent.name: path for path in found.get(base.name, ())} if base else {}
+    for arm in recipe.arms:
+        # Resampling, or another number of network calls, leaves no pairs.
+        same = base and (arm.steps, arm.solver, arm.grid) == (base.steps, base.solver, base.grid)
+        if not same or arm.guidance == "none" or arm.correction == "smc":
+            continue
+        for path, row in zip(found.get(arm.name, ()), rows.get(arm.name, ()), strict=True):
+            if path.parent.name in beside:
+                row["energy_shift"] = energy_shift(path, beside[path.parent.name])
+    return rows
 
 
 def figures(paths: Sequence[Path]) -> list[dict[str, float]]:
@@ -70,7 +108,7 @@ def _floor(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
 
 def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
     """A heading line, then a line an ensemble: means over seeds with 95 % t-intervals."""
-    rows = {name: figures(paths) for name, paths in folders(recipe, run).items()}
+    rows = _with_shifts(recipe, folders(recipe, run))
     if not rows:
         return []
     names = [n for n in _SHOWN if any(n in one for runs in rows.values() for one in runs)]
@@ -108,9 +146,10 @@ def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
     text.insert(1, "  ".join("-" * width for width in widths))
     text.append(
         f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83; hit: "
-        "share of samples within the reference's range"
+        "share of samples within the reference's range; energy shift: against base, over pairs "
+        "with the same noise, trimmed by a twentieth at either end"
     )
-    found = {name: figures(paths) for name, paths in folders(recipe, run).items()}
+    found = _with_shifts(recipe, folders(recipe, run))
     return {"ensembles": found, "table": "\n".join(line.rstrip() for line in text)}
 
 
@@ -243,7 +282,8 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
             f"Against MD at {recipe.target:g} K, on which nothing was trained. Means over seeds "
             "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83), with the share of "
             "samples within the reference's range (hit); energies in kJ/mol with hydrogens added "
-            "and side chains relaxed, the same for all; ess: effective share."
+            "and side chains relaxed, the same for all; energy shift: against base, over pairs "
+            "with the same noise, trimmed by a twentieth at either end; ess: effective share."
         )
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]

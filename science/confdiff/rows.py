@@ -38,5 +38,7 @@ class Conformation:
     kJ/mol, both in the laboratory's axes and both -dE (physics.py)."""
     log_weight: float | None = None
     """Of a sample that is weighed; None: 0."""
+    ancestor: int | None = None
+    """Of a sample that was resampled: the number of the one whose start it shares."""
     attempts: int | None = None
     """Of a sample: how often it was drawn until it passed."""

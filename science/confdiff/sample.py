@@ -251,10 +251,10 @@ class ConformationSampler:
             resample_below=RESAMPLE_BELOW if resample else 0.0,
         )
         rows = self.rows(made.x, made.score, told)
-        weights = made.log_weights.tolist()
+        weights, ancestors = made.log_weights.tolist(), made.ancestors.tolist()
         return [
-            replace(row, number=number, log_weight=weight, attempts=1)
-            for row, number, weight in zip(rows, numbers, weights, strict=True)
+            replace(row, number=n, log_weight=weight, ancestor=numbers[ancestor], attempts=1)
+            for row, n, weight, ancestor in zip(rows, numbers, weights, ancestors, strict=True)
         ]
 
     def rows(self, x: Frames, score: Score, told: Batch) -> list[Conformation]:
@@ -311,10 +311,6 @@ def _check_same_base(guide: Any, base: ConformationNetwork, folder: Path) -> Non
 
 def run(config: SampleStage, inputs: Mapping[str, Path], output: Path, context: Context) -> Figures:
     """Sample this rank's shards."""
-    if config.correction != "none" and config.filter:
-        raise UsageError(
-            "a correction weighs samples, and a filter would change their law: give --filter False"
-        )
     sampler = ConformationSampler(config, inputs, context.seed)
     if config.gamma < 1 and sampler.networks.kind != "none":
         context.emit(note="the guide is of the conditional model's law, not of the mixture's")
@@ -345,7 +341,7 @@ def finish(
     sequence.fasta, run.json."""
     rows = shards.merge(-(-config.num_samples // config.batch), Conformation, context.work)
     assert len(rows) == config.num_samples
-    first = rows[0]
+    first, ancestors = rows[0], {row.ancestor for row in rows}
     atoms = np.stack([atoms_array(row) for row in rows])
     torsions = np.stack([torsions_array(row) for row in rows])
     types = atom14.types_of(first.sequence)
@@ -390,4 +386,5 @@ def finish(
         "temperature": first.temperature,
         "attempts": sum(row.attempts or 1 for row in rows) / len(rows),
         "effective": float(kish(weights)) / len(rows),
+        **({"ancestors": len(ancestors) / len(rows)} if ancestors != {None} else {}),
     }

@@ -60,7 +60,7 @@ LABEL = Stage(
     function=f"{_HERE}.label_stage:run",
     finish=f"{_HERE}.label_stage:finish",
     config=LabelConfig,
-    version="2",
+    version="3",
     inputs={"data": _ROWS},
     packages=(*_OPENMM, "pdbfixer"),
 )
@@ -96,7 +96,7 @@ SAMPLE = Stage(
     function=f"{_HERE}.sample:run",
     finish=f"{_HERE}.sample:finish",
     config=SampleStage,
-    version="4",
+    version="5",
     inputs={
         "model": "folder of a network, made by conf-train",
         "unconditional?": "one trained with sequence = false, for gamma below 1",
@@ -112,7 +112,7 @@ EVALUATE = Stage(
     summary="measure an ensemble against a reference",
     function=f"{_HERE}.evaluate:run",
     config=ConformationEvaluateConfig,
-    version="3",
+    version="4",
     inputs={
         "samples": "artifact of conf-sample, conf-md or conf-structures",
         "reference": "artifact of conf-md or conf-structures",

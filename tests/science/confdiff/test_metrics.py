@@ -164,20 +164,44 @@ def test_noise_floor_and_compare() -> None:
     reference = [chains(400), chains(400, seed=1), chains(400, seed=2), chains(400, seed=3)]
     first, second = metrics.halves(reference)
     assert len(first) == len(second) == 800
-    assert metrics.noise_floor(metrics.js_pwd, reference) == metrics.js_pwd(first, second)
+    assert metrics.noise_floor(metrics.js_pwd, reference, 800) == metrics.js_pwd(first, second)
+    assert metrics.noise_floor(metrics.js_pwd, reference, 9999) == metrics.js_pwd(first, second)
     before, after = metrics.halves(reference[:1])
     assert np.array_equal(np.concatenate([before, after]), reference[0])
-    figures = metrics.compare(chains(150, seed=9), reference, lag=5)
+    figures = metrics.compare(chains(150, seed=9), reference, metrics.TicaModel(reference, 5))
     assert {name for name in figures if name.endswith("_floor")} == {
         f"{name}_floor" for name in ("js_pwd", "js_rg", "js_rg_per_residue", "js_tic", "js_tic2d")
     }
     assert figures["js_pwd"] == metrics.js_pwd(chains(150, seed=9), np.concatenate(reference)).js
     assert all(math.isfinite(x) for x in figures.values())
     wobble = 0.01 * np.random.default_rng(0).standard_normal((200, 3, 3))
-    three = metrics.compare(chains(length=3), [chains(length=3, seed=1) + wobble], 2)
+    moving = [chains(length=3, seed=1) + wobble]
+    three = metrics.compare(chains(length=3), moving, metrics.TicaModel(moving, 2))
     assert "js_tic" in three
     assert "js_pwd" not in three
-    assert "js_tic" not in metrics.compare(chains(length=2), [chains(length=2, seed=1)], 2)
+    assert "js_tic" not in metrics.compare(chains(length=2), [chains(length=2, seed=1)], None)
+
+
+def test_ensembles_compare_at_one_number() -> None:
+    """Fewer draws of the same law are farther from it, those of a floor too."""
+    draws = np.random.default_rng(0).normal(size=(3, 4000, 6, 3))
+    first, second = draws[:2]
+    model = draws[2][metrics.thinned(4000, 200, 1)]
+    floor = metrics.noise_floor(metrics.js_pwd, [first, second], 200).js
+    assert floor == metrics.js_pwd(first[metrics.thinned(4000, 200, 0)], second).js
+    assert metrics.js_pwd(model, second).js == pytest.approx(floor, rel=0.1)
+    assert metrics.noise_floor(metrics.js_pwd, [first, second], 4000).js < floor / 3
+    kept = metrics.thinned(10, 4, 3)
+    assert len(set(kept)) == 4
+    assert (np.diff(kept) > 0).all()
+    assert np.array_equal(metrics.thinned(3, 4, 3), [0, 1, 2])
+
+
+def test_tica_of_a_long_chain_sees_some_residues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "TICA_RESIDUES", 3)
+    ca = chains(300, 8) + 0.01 * np.random.default_rng(0).standard_normal((300, 8, 3))
+    model = metrics.TicaModel([ca], 2)
+    assert np.array_equal(model(ca), metrics.TicaModel([ca[:, ::3]], 2)(ca[:, ::3]))
 
 
 def test_superposition_is_mdtrajs() -> None:

@@ -233,6 +233,14 @@ def test_hydrogens_are_put_back(every: Molecule) -> None:
     assert evaluation.energies[0] == relax.potential(positions).energies[0]
 
 
+def test_methyls_of_caps_are_free() -> None:
+    molecule = Molecule("A", capped=True)
+    atoms = list(molecule.topology.atoms())
+    held = [(atoms[n].residue.name, atoms[n].name) for n in Relaxation(molecule, "backbone")._held]
+    alanine = [("ALA", name) for name in ("N", "CA", "C", "O")]
+    assert held == [("ACE", "C"), ("ACE", "O"), *alanine, ("NME", "N")]
+
+
 def test_backbone_is_restrained_and_the_spring_not_counted() -> None:
     molecule = Molecule("AWA", capped=True)
     types = molecule.heavy_slots(molecule.template[None])

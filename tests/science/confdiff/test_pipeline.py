@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparring.launch.config import build
@@ -17,6 +18,7 @@ from sparring.science.confdiff.config import (
 )
 from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
+from sparring.science.confdiff.results import energy_shift
 
 ARMS = (
     ConformationSampleConfig(),
@@ -103,6 +105,37 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"arms": [{}, {}]}, "two are called 'base'"),
         ({"arms": [{"gamma": 1.5}]}, "gamma"),
         ({"arms": [{"correction": "smc", "solver": "ode"}]}, "weighs the steps of solver"),
+        (
+            {"arms": [{"guidance": "energy", "correction": "smc"}]},
+            "a filter would change their law",
+        ),
+        (
+            {"arms": [{"correction": "smc", "filter": False}]},
+            "base-smc: a correction needs guidance",
+        ),
+        (
+            {"arms": [{"guidance": "force", "correction": "weights", "filter": False}]},
+            "needs an energy guide",
+        ),
+        (
+            {
+                "md": {"sequence": "AA", "temperature": 400},
+                "arms": [{"guidance": "force", "temperature": 333}],
+            },
+            "its law is that of 300 K",
+        ),
+        (
+            {
+                "target": 350,
+                "md": {"sequence": "AA", "temperature": 350},
+                "arms": [{"guidance": "force"}],
+            },
+            "there is nothing to guide",
+        ),
+        (
+            {"md": {"sequence": "AA", "nanoseconds": 0.02, "save_every": 2}},
+            "a replica has 10; lower",
+        ),
         ({"seeds": 0}, "seeds must be"),
         ({"target": 0}, "target must be"),
         ({"train": {"steps": 0}}, "steps must be"),
@@ -114,6 +147,17 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
 def test_wrong_values_are_named(data: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(Exception, match=message):
         build(ConformationRecipe, {"name": "x", "md": {"sequence": "AA"}, **data}, "test")
+
+
+def test_a_shift_is_over_pairs_and_without_the_farthest(tmp_path: Path) -> None:
+    numbers = np.arange(40.0)
+    base = np.random.default_rng(0).normal(size=40)
+    guided = base - 3
+    guided[7] += 1e6  # atoms on each other
+    for name, energy, of in (("base", base, numbers), ("arm", guided[::-1], numbers[::-1])):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "panels.npz", energy=energy, energy_of=of)
+    assert energy_shift(tmp_path / "arm", tmp_path / "base") == pytest.approx(-3)
 
 
 def test_nothing_evaluated_is_said(tmp_path: Path) -> None:

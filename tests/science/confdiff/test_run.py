@@ -70,6 +70,10 @@ def test_a_run_compares_its_arms(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "MD 400 K", "MD 400 K reweighted", "base", "force", "energy-gamma=0.9-weights"
     ]  # fmt: skip
     assert found["ensembles"]["MD 400 K reweighted"][0]["ess"] < 1
+    shifts = {name: "energy_shift" in runs[0] for name, runs in found["ensembles"].items()}
+    assert [name for name, shifted in shifts.items() if shifted] == [
+        "force", "energy-gamma=0.9-weights"
+    ]  # fmt: skip
     page = (tmp_path / "run" / "report.html").read_text()
     for text in ("MD 330 K, half against half", "energy-gamma=0.9-weights", "data:image/png"):
         assert text in page

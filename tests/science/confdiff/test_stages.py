@@ -14,6 +14,7 @@ import torch
 from confdiff_inputs import fails, rows, weights
 
 from sparring.launch.artifacts import hash_json
+from sparring.launch.cli import main
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.dataset import Representations, bucketed
 from sparring.science.confdiff.evaluate import Ensemble
@@ -166,6 +167,11 @@ def test_corrections_leave_log_weights(
     assert all(weight is not None and np.isfinite(weight) for weight in found)
     assert 0 < figures["effective"] <= 1
     assert len(set(found)) > 1
+    ancestors = [row.ancestor for row in rows(tmp_path / "o")]
+    assert set(ancestors) <= set(range(6))
+    assert figures["ancestors"] == len(set(ancestors)) / 6
+    if correction == "weights":
+        assert ancestors == list(range(6))
 
 
 def test_samples_that_never_pass_are_said(
@@ -341,7 +347,38 @@ def test_an_ensemble_is_measured_against_a_reference(
     poor = conf("evaluate", tmp_path / "poor", *options, samples=tmp_path / "s",
                 reference=simulated)  # fmt: skip
     assert poor["js_phi_psi"] > 0.4
-    assert (tmp_path / "poor" / "panels.npz").is_file()
+    with np.load(tmp_path / "poor" / "panels.npz") as panels:
+        assert set(panels["energy_of"]) <= set(range(4))
+        assert np.isfinite(panels["phi"]).all()
+        assert len(panels["phi"]) == 4  # the middle one of three residues has both
+    few = conf("evaluate", tmp_path / "few", *options[:2], "--lag", "0", "--structures", "7",
+               samples=simulated, reference=simulated)  # fmt: skip
+    assert few["structures"] == 7
+    assert "js_tic" not in few
+    assert few["js_rg"] > same["js_rg"]
+
+
+def test_ensembles_of_two_temperatures_are_told(
+    simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], conf: Conf
+) -> None:
+    cool = tmp_path / "cool"
+    conf("structures", cool, "--temperature", "300", pdb=simulated / "topology.pdb",
+         traj=simulated / "replica0.xtc")  # fmt: skip
+    given = ["--samples", cool, "--reference", simulated, "--out", tmp_path / "e"]
+    options = ["--energies", 0, "--lag", 2, "--launch.inline", "conf-evaluate"]
+    assert main(["conf", "evaluate", *map(str, [*given, *options])]) == 0
+    assert "the samples are of 300 K, the reference of 400 K" in capsys.readouterr().err
+
+
+def test_held_out_structures_are_read_by_their_file(
+    simulated: Path, tmp_path: Path, conf: Conf
+) -> None:
+    conf("structures", tmp_path / "s", "--heldout", "0.25", pdb=simulated / "topology.pdb",
+         traj=simulated / "replica0.xtc")  # fmt: skip
+    held = tmp_path / "s" / "heldout.parquet"
+    options = ("--energies", "0", "--lag", "0")
+    figures = conf("evaluate", tmp_path / "e", *options, samples=simulated, reference=held)
+    assert figures["js_rg"] < 0.8
 
 
 def test_reweighting_needs_energies(
