@@ -47,7 +47,7 @@ STRUCTURES = Stage(
     summary="read PDB files and trajectories as training data",
     function=f"{_HERE}.structures_stage:run",
     config=StructuresConfig,
-    version="2",
+    version="3",
     inputs={
         "pdb*": "PDB files or folders of them; the first is the topology of --traj",
         "traj*": "trajectories that mdtraj reads",

@@ -6,9 +6,10 @@ in nm (PDB files have Angstrom; mdtraj converts).
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 BREAK = 0.2
 """nm between C and the next N above which a chain is broken (a bond is 0.133)."""
+_PDB_ENTRY = re.compile(r"\.ent(\.gz)?$")
 _ALIASES = {("NME", "CH3"): "C", ("MET", "SE"): "SD"}
 _BENCHMARKS = "bioemu_benchmarks"
 
@@ -58,7 +60,9 @@ def mdtraj_module() -> Any:
     return mdtraj
 
 
-def read(path: Path | str, topology: Path | str | None = None, name: str = "") -> Reading:
+def read(
+    path: Path | str, topology: Path | str | None = None, name: str = "", stride: int = 1
+) -> Reading:
     """Read a structure file or a trajectory.
 
     Args:
@@ -66,6 +70,7 @@ def read(path: Path | str, topology: Path | str | None = None, name: str = "") -
         topology: structure file with the trajectory's atoms, where `path` has no names itself.
         name: the chain's name in the rows; without it the file's. Where a file has several protein
             chains, each name is followed by the chain's letter or number.
+        stride: read only one structure of so many; numbers are those in the file.
 
     Raises:
         SparringError: no such file, or one that mdtraj cannot read; a trajectory that does not
@@ -77,14 +82,19 @@ def read(path: Path | str, topology: Path | str | None = None, name: str = "") -
         if not wanted.is_file():
             raise SparringError(f"{wanted}: no such file")
     top = None if topology is None else _load(mdtraj, Path(topology), None).topology
-    return from_trajectory(_load(mdtraj, path, top), name or path.stem, str(path))
+    reading = from_trajectory(_load(mdtraj, path, top, stride), name or path.stem, str(path))
+    numbered = [replace(row, number=stride * row.number) for row in reading.conformations]
+    return Reading(numbered, reading.ignored)
 
 
-def _load(mdtraj: Any, path: Path, topology: Any) -> mdtraj.Trajectory:
+def _load(mdtraj: Any, path: Path, topology: Any, stride: int = 1) -> mdtraj.Trajectory:
+    # The PDB's own archive names its files so, and mdtraj goes by the ending.
+    load = mdtraj.load_pdb if _PDB_ENTRY.search(path.name.lower()) else mdtraj.load
+    options = {"stride": stride} if stride > 1 else {}
     try:
         with warnings.catch_warnings():  # crystal records without a crystal, of no interest here
             warnings.simplefilter("ignore", UserWarning)
-            return mdtraj.load(str(path), **({} if topology is None else {"top": topology}))
+            return load(str(path), **({} if topology is None else {"top": topology}), **options)
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if topology is None:
@@ -115,6 +125,8 @@ def from_trajectory(trajectory: mdtraj.Trajectory, name: str, source: str = "") 
     ]  # fmt: skip
     if not chains:
         raise SparringError(f"{source} has no amino acid; a protein chain is needed")
+    # Beside a chain a lone amino acid is a ligand.
+    chains = [(chain, residues) for chain, residues in chains if len(residues) > 1] or chains
     rows: list[Conformation] = []
     used = 0
     for number, (chain, residues) in enumerate(chains):

@@ -42,7 +42,8 @@ def structure_files(paths: Sequence[Path]) -> list[Path]:
 
 def _from_files(
     config: StructuresConfig, pdb: Sequence[Path], traj: Sequence[Path], context: Context
-) -> tuple[list[Conformation], int]:
+) -> tuple[list[Conformation], int, int]:
+    """Rows, atoms that were ignored, and files that were left out."""
     files = structure_files(pdb)
     if not files:
         raise UsageError("give structures with --pdb, or set --source bioemu")
@@ -50,12 +51,23 @@ def _from_files(
     ignored = 0
     alone: list[tuple[Path, Path | None]] = [(path, None) for path in files]
     read = [(path, files[0]) for path in traj] or alone
+    failures: list[SparringError] = []
     for number, (path, topology) in enumerate(read):
-        reading = structures.read(path, topology)
-        rows += [r for r in reading.conformations if r.number % config.stride == 0]
+        try:
+            reading = structures.read(path, topology, stride=config.stride)
+        except SparringError as error:
+            if topology is not None or len(read) == 1:
+                raise
+            # Of the PDB's files every fifth has a gap or a residue that is none of the twenty.
+            failures.append(error)
+            context.emit(note=f"left out: {error}")
+            continue
+        rows += reading.conformations
         ignored += reading.ignored
         context.emit(done=number + 1, total=len(read), unit="files")
-    return rows, ignored
+    if not rows:
+        raise failures[0]
+    return rows, ignored, len(failures)
 
 
 def collect(
@@ -75,8 +87,8 @@ def collect(
                 context.emit(note=f"left out {name}: {reason}")
         figures: Figures = {"left_out": len(skipped)}
     else:
-        rows, ignored = _from_files(config, pdb, traj, context)
-        figures = {"ignored_atoms": ignored, "left_out": 0}
+        rows, ignored, files = _from_files(config, pdb, traj, context)
+        figures = {"ignored_atoms": ignored, "left_out": files}
     kept = [r for r in rows if config.min_length <= len(r.sequence) <= config.max_length]
     figures["left_out"] += len({r.chain for r in rows}) - len({r.chain for r in kept})
     if not kept:

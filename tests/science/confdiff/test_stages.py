@@ -279,10 +279,36 @@ def test_a_trajectory_of_ones_own_is_the_same_as_the_rows_of_the_simulation(
         traj=simulated / "replica1.xtc",
     )
     assert figures["conformations"] == 6
+    assert [row.number for row in rows(tmp_path / "o")] == list(range(0, 60, 10))
     mine, theirs = rows(tmp_path / "o"), rows(simulated)[60::10]
     for one, two in zip(mine, theirs, strict=True):
         a, b = atoms_array(one), atoms_array(two)
         np.testing.assert_allclose(a - a[0, 1], b - b[0, 1], atol=3e-3)
+
+
+def test_a_folder_of_structures_is_read_as_far_as_it_can_be(
+    simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (simulated / "topology.pdb").read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.startswith(("ATOM", "HETATM"))]
+    kept = [line for line in whole if line[17:20] not in ("ACE", "NME")]
+    middle = sorted({line[22:26] for line in kept})[1]
+    ligand = [line[:21] + "B" + line[22:] for line in kept if line[22:26] == middle]
+    gap = [line for line in kept if line[22:26] != middle]
+    folder = tmp_path / "pdb"
+    folder.mkdir()
+    (folder / "pdb1abc.ent").write_text("".join(whole))
+    (folder / "b.pdb").write_text("".join([*kept, "TER\n", *ligand]))
+    (folder / "gap.pdb").write_text("".join(gap))
+    words = ["conf", "structures", "--pdb", str(folder), "--launch.inline", "conf-structures"]
+    assert main([*words, "--out", str(tmp_path / "o")]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert {row.chain for row in rows(tmp_path / "o")} == {"pdb1abc", "b"}
+    figures = json.loads((tmp_path / "o" / "manifest.json").read_text())["figures"]
+    assert figures["left_out"] == 1
+    alone = ["conf", "structures", "--pdb", str(folder / "gap.pdb"), "--out", str(tmp_path / "g")]
+    assert main([*alone, "--launch.inline", "conf-structures"]) == 1
+    assert "broken between" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
