@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,7 +132,7 @@ def _makes_batches(kind: type) -> str:
     """The method in which a trainer makes its batches; "" if they come from its dataset."""
     if kind._prepare_inputs is not Trainer._prepare_inputs:  # type: ignore[attr-defined]
         return "_prepare_inputs"
-    for base in kind.__mro__[: kind.__mro__.index(Trainer)]:
+    for base in itertools.takewhile(lambda base: base is not Trainer, kind.__mro__):
         step = vars(base).get("training_step")
         # TRL's SFT and DPO only put a context around it; GKD and OnlineDPO generate there.
         with contextlib.suppress(OSError, TypeError):  # no source to be read
