@@ -14,8 +14,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +42,14 @@ class Lease:
         self._path, self._driver, self._hosts, self._count = path, driver, hosts, 0
         self._signs: dict[str, tuple[dict[str, Any], float]] = {}
         self._looked = time.monotonic()
-        self.renew()
+        self._write("work")
 
     def renew(self, order: Order = "work") -> None:
         """Say that the driver lives, and what ranks do: work on, end now, or save and stop."""
+        with suppress(OSError):  # a file system that is held up; the next renewal comes soon
+            self._write(order)
+
+    def _write(self, order: Order) -> None:
         self._count += 1
         told = {"driver": self._driver, "count": self._count, "order": order}
         write_json(self._path, told)
@@ -69,24 +73,41 @@ class Lease:
             known, _ = self._signs.get(path.name, (None, 0.0))
             if sign and sign["driver"] == self._driver and sign != known:
                 self._signs[path.name] = (sign, now)
-        silent = [rank for rank, (_, since) in self._signs.items() if now - since > SILENT]
-        return [self._hosts[int(rank.removeprefix("rank"))] for rank in silent]
+        silent = [
+            int(rank.removeprefix("rank"))
+            for rank, (sign, since) in self._signs.items()
+            if now - since > SILENT and not sign["done"]
+        ]
+        return sorted({self._hosts[rank] for rank in silent})
 
 
-def give_signs(work: Path, driver: str, rank: int) -> None:
-    """On a host: give signs of life from now on, in a thread, by this rank's file.
+@contextmanager
+def signs(work: Path, driver: str, rank: int) -> Iterator[None]:
+    """On a host: give signs of a rank's life, in a thread, and at the end that it is done.
 
     To be called where no other thread can hold the interpreter up.
     """
-    threading.Thread(target=_give_signs, args=(work / SIGNS, driver, rank), daemon=True).start()
+    done = threading.Event()
+    thread = threading.Thread(target=_give_signs, args=(work / SIGNS, driver, rank, done))
+    thread.daemon = True
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
-def _give_signs(folder: Path, driver: str, rank: int) -> None:
+def _give_signs(folder: Path, driver: str, rank: int, done: threading.Event) -> None:
     for count in itertools.count():
+        ended = done.is_set()
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
-            write_json(folder / f"rank{rank}", {"driver": driver, "count": count})
-        time.sleep(SIGN)
+            sign = {"driver": driver, "count": count, "done": ended}
+            write_json(folder / f"rank{rank}", sign)
+        if ended:
+            return
+        done.wait(SIGN)
 
 
 def follow(path: Path, driver: str) -> None:

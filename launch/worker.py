@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -40,9 +40,8 @@ def watched(path: Path, world: World) -> int:
         processes.leave(work(path, world))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # meant for the work, which is told itself
-    if world.local_rank == 0:
-        _give_signs(path, world.rank)
-    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    with _signs(path, world.rank):
+        code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
         name = signal.Signals(-code).name
         hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
@@ -54,12 +53,15 @@ def watched(path: Path, world: World) -> int:
     return code
 
 
-def _give_signs(path: Path, rank: int) -> None:
-    """Show a driver on another host that this one is there."""
-    with suppress(FileNotFoundError):  # the work itself says so
+def _signs(path: Path, rank: int) -> AbstractContextManager[None]:
+    """Shows a driver on another host that this rank is there."""
+    try:
         driver = json.loads(path.read_text())["driver"]
-        if driver["host"] != socket.gethostname():
-            lease.give_signs(path.parent, driver["name"], rank)
+    except FileNotFoundError:  # the work itself says so
+        return nullcontext()
+    if driver["host"] == socket.gethostname():
+        return nullcontext()
+    return lease.signs(path.parent, driver["name"], rank)
 
 
 def work(path: Path, world: World) -> int:

@@ -247,8 +247,11 @@ def test_a_silent_host_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def after(seconds: float, *ranks: int, of: str = "mine") -> list[str]:
         clock[0] += seconds
         for rank in ranks:
-            write_json(signs / f"rank{rank}", {"driver": of, "count": clock[0]})
+            sign = {"driver": of, "count": clock[0], "done": rank in done}
+            write_json(signs / f"rank{rank}", sign)
         return driver.lost()
+
+    done: set[int] = set()
 
     assert after(lease.SIGN, 2, of="an earlier one") == []
     for _ in range(30):  # nothing of a, whose launcher may take its time
@@ -260,18 +263,24 @@ def test_a_silent_host_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(int(lease.SILENT / lease.SIGN)):
         assert after(lease.SIGN, 0) == []
     assert after(lease.SIGN, 0) == ["a"]
+    done.add(2)  # it was only late, and has done its part
+    assert after(lease.SIGN, 0, 2) == []
+    for _ in range(3 * int(lease.SILENT / lease.SIGN)):
+        assert after(lease.SIGN, 0) == []
 
 
 def test_a_host_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SIGN", 0.05)
-    lease.give_signs(tmp_path, "mine", 3)
     path, seen = tmp_path / lease.SIGNS / "rank3", set()
-    end = time.monotonic() + 20
-    while len(seen) < 3 and time.monotonic() < end:
-        with suppress(FileNotFoundError):
-            seen.add(path.read_text())
-        time.sleep(0.01)
+    with lease.signs(tmp_path, "mine", 3):
+        end = time.monotonic() + 20
+        while len(seen) < 3 and time.monotonic() < end:
+            with suppress(FileNotFoundError):
+                seen.add(path.read_text())
+            time.sleep(0.01)
     assert len(seen) == 3
+    assert not any(json.loads(text)["done"] for text in seen)
+    assert json.loads(path.read_text())["done"]
 
 
 def test_the_ranks_of_another_host_show_it(tmp_path: Path) -> None:
@@ -297,7 +306,8 @@ def test_the_ranks_of_another_host_show_it(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert saved.exists()
-    assert json.loads(sign.read_text())["driver"] == told["driver"]["name"]
+    last = json.loads(sign.read_text())
+    assert (last["driver"], last["done"]) == (told["driver"]["name"], True)
 
 
 def remote(
@@ -343,7 +353,7 @@ def test_a_run_ends_when_a_host_is_lost(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(lease, "SILENT", 1.0)
     signs = tmp_path / lease.SIGNS
     signs.mkdir()
-    write_json(signs / "rank1", {"driver": "mine", "count": 0})
+    write_json(signs / "rank1", {"driver": "mine", "count": 0, "done": False})
     code = UP + "emit(pid=2, rank=1, here=False)\nimport time; time.sleep(60)"
     with pytest.raises(SparringError, match=r"^no sign of life from b any more"):
         remote(tmp_path, code, names=["a", "b"], monkeypatch=monkeypatch)
