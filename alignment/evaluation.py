@@ -196,11 +196,11 @@ def _model_figures(
     figures: Figures = {}
     if human:
         limit = config.max_response_tokens
-        end = tokens.ending(tokenizer, inputs["model"], config)
+        place = tokens.turn(tokenizer, inputs["model"], config)
         texts = [
             (
                 rows[0].prompt_ids,
-                tokens.response_ids(tokenizer, prompt.real or "", end=end, limit=limit),
+                tokens.response_ids(tokenizer, prompt.real or "", place, limit=limit),
             )
             for prompt, rows in current
         ]

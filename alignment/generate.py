@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sparring.alignment import tokens
 from sparring.alignment.engines import Request, build_engine
@@ -61,8 +62,6 @@ def run(
 
     probes = _probes([p.prompt_id for p in prompts if p.prompt_id in ids], config.probes)
 
-    after = config.answer_after
-
     def sample(chunk: Sequence[Prompt]) -> list[Response]:
         keys = [(p, k) for p in chunk if p.prompt_id in ids for k in range(config.k)]
         seeds = [derive(context.seed, p.prompt_id, k) for p, k in keys]
@@ -75,7 +74,7 @@ def run(
                 prompt_id=p.prompt_id,
                 k=k,
                 iteration=config.iteration,
-                text=answer(tokenizer.decode(sample.ids, skip_special_tokens=True), after),
+                text=_text(tokenizer, sample.ids, config.answer_after),
                 prompt_ids=tuple(ids[p.prompt_id]),
                 response_ids=sample.ids,
                 finish_reason=sample.finish_reason,
@@ -90,11 +89,20 @@ def run(
     return {}
 
 
-def answer(text: str, after: str) -> str:
+def _text(tokenizer: Any, ids: Sequence[int], after: str) -> str:
     """What judges read of a response: all, or what follows the last end of the model's thinking."""
-    if after:
-        text = text.rpartition(after)[2] if after in text else ""
+    if not after:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    # The marker may be a special token itself.
+    text = answer(tokenizer.decode(ids, skip_special_tokens=False), after)
+    for token in tokens.special(tokenizer):
+        text = text.replace(token, "")
     return text.strip()
+
+
+def answer(text: str, after: str) -> str:
+    """What follows the last place of a marker; nothing without one."""
+    return text.rpartition(after)[2] if after in text else ""
 
 
 def _probes(prompt_ids: Sequence[str], count: int) -> set[str]:

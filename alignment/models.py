@@ -121,7 +121,20 @@ def load_policy(path: Path, dtype: str = "float32", **placement: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": False, **placement}
+    if _caps_attention(path):
+        options.setdefault("attn_implementation", "eager")
     return read_network(AutoModelForCausalLM, path, **options)
+
+
+def _caps_attention(path: Path) -> bool:
+    """Whether attention logits are capped (Gemma 2), which torch's own attention leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError):  # reading the weights says so
+        return False
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def place_policy(path: Path, dtype: str, devices: int) -> Any:

@@ -78,7 +78,7 @@ def _real_generated(
     config: PairStage, inputs: Mapping[str, Path], responses: list[Response]
 ) -> Iterable[Pair | Dropped]:
     tokenizer = tokens.load_tokenizer(inputs["model"])
-    end = tokens.ending(tokenizer, inputs["model"], config)
+    place = tokens.turn(tokenizer, inputs["model"], config)
     prompts = {p.prompt_id: p for p in read_prompt_set(inputs["prompts"])}
     for response in responses:
         if response.prompt_id not in prompts:
@@ -92,7 +92,7 @@ def _real_generated(
             )
         if response.k == 0:
             limit = config.max_response_tokens
-            real = tokens.response_ids(tokenizer, prompt.real, end=end, limit=limit)
+            real = tokens.response_ids(tokenizer, prompt.real, place, limit=limit)
             yield rules.real_generated(prompt, response, real)
 
 

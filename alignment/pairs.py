@@ -33,7 +33,8 @@ class Dropped(StrEnum):
     SMALL_MARGIN = "small_margin"
     """Best and worst are not more than the wanted margin apart."""
     EMPTY = "empty"
-    """The chosen or the rejected response has no token at all, not even one that ends it."""
+    """The chosen or the rejected response has no token at all, not even one that ends it, or the
+    human one is blank."""
     SAME_IDS = "same_ids"
     """Chosen and rejected are the same tokens: their gradients cancel in the pairwise losses."""
 
@@ -277,6 +278,8 @@ def real_generated(prompt: Prompt, response: Response, real_ids: Sequence[int]) 
     """
     if response.prompt_id != prompt.prompt_id:
         raise SparringError(f"prompt {prompt.prompt_id}: given a response to {response.prompt_id}")
+    if prompt.real is not None and not prompt.real.strip():
+        return Dropped.EMPTY  # the policy would learn to say nothing
     problem = _tokens_problem(real_ids, response.response_ids)
     if problem:
         return problem

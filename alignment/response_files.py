@@ -124,7 +124,7 @@ def with_ids(
         SparringError: no tokenizer or template, or a response without its prompt.
     """
     tokenizer = tokens.load_tokenizer(model)
-    end = tokens.ending(tokenizer, model, how)
+    place = tokens.turn(tokenizer, model, how)
     encoded = []
     for row in rows:
         if row.prompt_ids:
@@ -132,8 +132,8 @@ def with_ids(
             continue
         if row.prompt_id not in prompts:
             raise SparringError(f"there is a response to {row.prompt_id!r}, but no such prompt")
-        ids = tokens.response_ids(tokenizer, row.text, end=end, limit=limit) if row.text else []
-        ended = bool(ids) and ids[-1] == end
+        ids = tokens.response_ids(tokenizer, row.text, place, limit=limit) if row.text else []
+        ended = bool(ids) and ids[-1] == place.end
         encoded.append(
             replace(
                 row,

@@ -218,7 +218,7 @@ GENERATE = Stage(
     function="sparring.alignment.generate:run",
     finish="sparring.alignment.generate:finish",
     config=GenerateStage,
-    version="4",
+    version="5",
     inputs={"model": "policy folder", "prompts": _PROMPTS},
     packages=_SAMPLERS,
 )
@@ -228,7 +228,7 @@ PARITY = Stage(
     function="sparring.alignment.parity:run",
     text="sparring.alignment.parity:text",
     config=ParityStage,
-    version="1",
+    version="2",
     inputs={"model": "policy folder to train", "prompts": _PROMPTS, "responses": _RESPONSES},
     single=True,
     packages=("torch", "transformers"),
@@ -240,7 +240,7 @@ JUDGE = Stage(
     finish="sparring.alignment.judging:finish",
     text="sparring.alignment.health:judged_text",
     config=JudgeStage,
-    version="3",
+    version="4",
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
@@ -255,7 +255,7 @@ PAIR = Stage(
     summary="turn judged or human responses into training pairs",
     function="sparring.alignment.pairing:run",
     config=PairStage,
-    version="3",
+    version="4",
     inputs={
         "prompts": _PROMPTS,
         "responses": _RESPONSES,
@@ -272,7 +272,7 @@ REFERENCE = Stage(
     function="sparring.alignment.reference:run",
     finish="sparring.alignment.reference:finish",
     config=ReferenceStage,
-    version="1",
+    version="2",
     inputs={
         "model": "reference policy folder",
         "pairs": "artifact with pairs.parquet",
@@ -285,7 +285,7 @@ TRAIN = Stage(
     summary="optimise the policy on pairs",
     function="sparring.alignment.train:run",
     config=TrainStage,
-    version="1",
+    version="2",
     inputs={"model": "policy folder to start from", "pairs": "artifact of the reference stage"},
     packages=_TRAINERS,
     plugins=("algorithm",),
@@ -305,7 +305,7 @@ EVALUATE = Stage(
     function="sparring.alignment.evaluation:run",
     config=EvaluateStage,
     text="sparring.alignment.results:evaluation_text",
-    version="3",
+    version="4",
     inputs={
         "prompts?": f"{_PROMPTS}; needed with responses",
         "current?": f"responses to evaluate: {_RESPONSES}",

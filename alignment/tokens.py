@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparring.alignment.config import TemplateConfig
 from sparring.alignment.rows import Prompt
@@ -20,8 +21,10 @@ def load_tokenizer(path: Path | str) -> Any:
     """The tokenizer of a model folder, without running any code from that folder."""
     from transformers import AutoTokenizer
 
+    # With tekken.json transformers would give Mistral's own class, which knows no chat template.
+    mistral = {"mistral_format": False} if (Path(path) / "tekken.json").is_file() else {}
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **mistral)
     except (OSError, ValueError) as error:
         raise SparringError(
             f"{path} has no tokenizer that transformers can load: {error}"
@@ -80,7 +83,7 @@ def _chat_ids(tokenizer: Any, prompt: Prompt, options: Mapping[str, Any]) -> lis
             )
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     texts = [m["content"] for m in messages]
-    found = sorted({s for s in _special(tokenizer) for t in texts if s in t}, key=len)
+    found = sorted({s for s in special(tokenizer) for t in texts if s in t}, key=len)
     if not found:
         return list(_filled(tokenizer, messages, prompt.prompt_id, **options)["input_ids"])
     # Characters of the private use area stand for the spelt tokens until the template is filled in.
@@ -98,9 +101,15 @@ def _chat_ids(tokenizer: Any, prompt: Prompt, options: Mapping[str, Any]) -> lis
 
 
 @lru_cache(maxsize=4)
-def _special(tokenizer: Any) -> frozenset[str]:
+def special(tokenizer: Any) -> frozenset[str]:
     """Its special tokens; some have thousands, and collecting them takes milliseconds."""
     return frozenset(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+
+
+def _same_day(form: str) -> str:
+    """What templates that write today's date (Llama 3.2, SmolLM3) are told: prompts of one run, and
+    of a run that is made again, are the same on every day."""
+    return datetime.date(2024, 7, 26).strftime(form)
 
 
 def _filled(tokenizer: Any, messages: list[dict[str, str]], name: str, **options: Any) -> Any:
@@ -112,7 +121,9 @@ def _filled(tokenizer: Any, messages: list[dict[str, str]], name: str, **options
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, strftime_now=_same_day, **options
+        )
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise SparringError(
@@ -134,20 +145,53 @@ def ending(tokenizer: Any, model_path: Path | str, how: TemplateConfig) -> int:
         question = [{"role": "user", "content": "a"}]
         answer = [*question, {"role": "assistant", "content": "b"}]
         before = _filled(tokenizer, question, "a", **options)["input_ids"]
-        whole = tokenizer.apply_chat_template(answer, **options)["input_ids"]
+        dated = {"strftime_now": _same_day, **options}
+        whole = tokenizer.apply_chat_template(answer, **dated)["input_ids"]
         same = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(before, whole, strict=False))
         return next((int(i) for i in whole[len(list(same)) :] if i in ends), ends[0])
     return ends[0]
 
 
-def response_ids(tokenizer: Any, text: str, *, end: int, limit: int) -> list[int]:
-    """Token ids of a given response with `end` at its end; cut at `limit` without it.
+class Turn(NamedTuple):
+    """Where a response stands, so that a given one begins and ends as a sample does."""
 
-    Special tokens that the text spells are text.
+    before: str
+    """The line that it goes on, from the prompt's last special token or line break."""
+    end: int
+    """See :func:`ending`."""
+
+
+def turn(tokenizer: Any, model_path: Path | str, how: TemplateConfig) -> Turn:
+    """What surrounds responses; raises as :func:`ending`."""
+    if how.template != "chat":
+        text = INSTRUCTION.format(prompt="a")
+    elif getattr(tokenizer, "chat_template", None):
+        question = [{"role": "user", "content": "a"}]
+        text = _filled(tokenizer, question, "a", tokenize=False, **how.template_options)
+    else:
+        text = ""
+    for token in special(tokenizer):
+        text = text.rpartition(token)[2]
+    line = re.search(r"\n*[^\n]*\Z", text)
+    return Turn(line[0] if line else "", ending(tokenizer, model_path, how))
+
+
+def response_ids(tokenizer: Any, text: str, place: Turn, *, limit: int) -> list[int]:
+    """Token ids of a given response with its end; cut at `limit` without it.
+
+    It is encoded behind what stands before it: alone, SentencePiece would begin it with a space,
+    by which it could be told from samples. Special tokens that the text spells are text.
     """
-    made = tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)
-    ids = [int(i) for i in made["input_ids"]]
-    return ids[:limit] if len(ids) >= limit else [*ids, end]
+
+    def encoded(text: str) -> list[int]:
+        made = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [int(i) for i in made["input_ids"]]
+
+    text, start = text.strip(), encoded(place.before) if place.before else []
+    whole = encoded(place.before + text)
+    # Where a token spans both, the prompt that was sampled from has another beginning.
+    ids = whole[len(start) :] if whole[: len(start)] == start else encoded(text)
+    return ids[:limit] if len(ids) >= limit else [*ids, place.end]
 
 
 def check_length(prompt_id: str, ids: Sequence[int], *, limit: int) -> None:

@@ -6,6 +6,7 @@ Shape legend: N prompts, K responses a prompt.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -64,19 +65,26 @@ def read_verdict(text: str) -> str | None:
     Read are, in this order: [[A]]; a line that is the letter alone, first or last; "A is better";
     "answer: A", "verdict: A" and the like; "a tie", "equally good".
     """
-    lines = [line for line in text.splitlines() if line.strip()]
-    alone = [_ALONE.fullmatch(line) for line in (lines[:1] + lines[-1:])]
+    found = _read(text)
+    return found[0] if found else None
+
+
+def _read(text: str) -> tuple[str, int] | None:
+    """The verdict, and where its letter (of several the last one) stands in the text."""
+    lines = [line for line in re.finditer(r"[^\n]+", text) if line[0].strip()]
+    alone = [(_ALONE.fullmatch(line[0]), line.start()) for line in lines[:1] + lines[-1:]]
+    tie = _TIE.search(text)
     readings = (
-        _BRACKETS.findall(text),
-        [match[1] for match in alone if match],
-        _BETTER.findall(text),
-        _NAMED.findall(text),
-        ["T"] if _TIE.search(text) else [],
+        [(match[1], match.start(1)) for match in _BRACKETS.finditer(text)],
+        [(match[1], start + match.start(1)) for match, start in alone if match],
+        [(match[1], match.start(1)) for match in _BETTER.finditer(text)],
+        [(match[1], match.start(1)) for match in _NAMED.finditer(text)],
+        [("T", tie.start())] if tie else [],
     )
     for found in readings:
-        letters = {_LETTERS[letter.upper()] for letter in found}
-        if letters:
-            return letters.pop() if len(letters) == 1 else None
+        if found:
+            letters = {_LETTERS[letter.upper()] for letter, _ in found}
+            return (letters.pop(), found[-1][1]) if len(letters) == 1 else None
     return None
 
 
@@ -89,6 +97,20 @@ def _logprob(token: Token, letter: str) -> float | None:
     """Log-probability of a letter at a token's place, however it is spaced; None: not listed."""
     listed = [value for text, value in token.top.items() if _plain(text) == letter]
     return float(np.logaddexp.reduce(listed)) if listed else None
+
+
+def _verdict_tokens(tokens: Sequence[Token], spoken: str, at: int) -> list[Token]:
+    """The token that is the verdict: of those that spell it the one nearest to where it was read.
+
+    The others are names of the responses in the reasoning.
+    """
+    starts = itertools.accumulate((len(token.text) for token in tokens), initial=0)
+    spelt = [
+        (abs(start + len(token.text) / 2 - at), token)
+        for token, start in zip(tokens, starts, strict=False)
+        if _LETTERS.get(_plain(token.text).upper()) == spoken
+    ]
+    return [min(spelt, key=lambda pair: pair[0])[1]] if spelt else []
 
 
 def verdict_logit(answer: Answer, spoken_logit: float, clip: float) -> float | None:
@@ -107,9 +129,9 @@ def verdict_logit(answer: Answer, spoken_logit: float, clip: float) -> float | N
     Returns:
         The logit, or None when there is no verdict.
     """
-    spoken = read_verdict(answer.text)
-    places = [t for t in answer.tokens if _LETTERS.get(_plain(t.text).upper()) == spoken]
-    place = (places[:1] if spoken else list(answer.tokens[:1])) or None
+    read = _read(answer.text)
+    spoken = read[0] if read else None
+    place = _verdict_tokens(answer.tokens, *read) if read else list(answer.tokens[:1])
     if place and place[0].top:
         first, second = (_logprob(place[0], letter) for letter in "AB")
         listed = [value for value in (first, second) if value is not None]

@@ -5,7 +5,8 @@ Shape legend: B rows of a batch, N prompts, K responses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,22 +49,13 @@ class RewardModel:
             max_tokens: longer conversations lose their beginning, never the response's end.
 
         Raises:
-            SparringError: the model has another number of labels, or nothing to pad with.
+            SparringError: the model has another number of labels.
         """
         if model.config.num_labels != 1:
             raise SparringError(
                 f"a reward model gives one number a response; this checkpoint has "
                 f"{model.config.num_labels} labels"
             )
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise SparringError(
-                    "the reward model's tokenizer has neither a pad nor an eos token"
-                )
-            tokenizer.pad_token = tokenizer.eos_token
-        # Decoder classifiers look for the last token that is not padding by this id.
-        model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.padding_side = "right"
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -176,10 +168,20 @@ class RewardModel:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def _padding(self, ends: Set[int]) -> int:
+        """A token that ends no row: decoder classifiers read the last one that is none of these.
+
+        EOS, where a tokenizer has no token for padding, is what many templates end a turn with.
+        """
+        own = self.tokenizer.pad_token_id
+        pad = next(i for i in itertools.chain([own], itertools.count()) if i not in {None, *ends})
+        self.model.config.pad_token_id = pad
+        return int(pad)
+
     @torch.inference_mode()
     def _forward(self, rows: Sequence[list[int]]) -> FloatArray:
         longest = max(len(row) for row in rows)
-        pad = self.tokenizer.pad_token_id
+        pad = self._padding({row[-1] for row in rows if row})
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         device = self.model.device

@@ -41,10 +41,10 @@ def per_token(run: Path, iteration: int) -> dict[str, float]:
     how = TemplateConfig(
         template=settings["template"], template_options=settings["template_options"]
     )
-    end = tokens.ending(tokenizer, policy, how)
+    place = tokens.turn(tokenizer, policy, how)
     limit = settings["max_response_tokens"]
     human = {
-        row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], end=end, limit=limit)
+        row["prompt_id"]: tokens.response_ids(tokenizer, row["real"], place, limit=limit)
         for row in pq.read_table(run / "prompts" / "heldout.parquet").to_pylist()
     }
     table = pq.read_table(measured / "generate" / "responses.parquet").to_pylist()

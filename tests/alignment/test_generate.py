@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparring.alignment import generate
+from sparring.alignment import generate, tokens
 from sparring.alignment.engines import Engine, Request, Sample, build_engine, vllm_environment
 from sparring.alignment.models import load_policy
 from sparring.alignment.rows import Message, Prompt, Response
@@ -233,14 +233,21 @@ def test_what_a_checkpoint_recommends_changes_nothing(tiny_model: Path, tmp_path
 @pytest.mark.parametrize(
     ("text", "after", "read"),
     [
-        (" yes ", "", "yes"),
         ("<think>a </think> no</think>\n\nyes", "</think>", "yes"),
         ("well </think>", "</think>", ""),
         ("<think>cut while thinki", "</think>", ""),
     ],
 )
 def test_judges_read_what_follows_the_thinking(text: str, after: str, read: str) -> None:
-    assert generate.answer(text, after) == read
+    assert generate.answer(text, after).strip() == read
+
+
+def test_a_marker_may_be_a_special_token(tiny_model: Path) -> None:
+    tokenizer = tokens.load_tokenizer(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[END]"]})
+    ids = tokenizer("well[END]a b</s>", add_special_tokens=False)["input_ids"]
+    assert generate._text(tokenizer, ids, "[END]") == "a b"
+    assert generate._text(tokenizer, ids, "") == "wella b"
 
 
 def test_thinking_is_sampled_but_not_judged(tiny_model: Path, tmp_path: Path) -> None:

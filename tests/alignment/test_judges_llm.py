@@ -146,6 +146,14 @@ def test_logits_come_from_the_verdicts_token():
     assert verdict_logit(answer("A", both), 2, 10) == pytest.approx(expected)
     late = answer("Answer B is better", {"Answer": -0.1, "A": -3.0}, {" B": -0.5, " A": -1.0})
     assert verdict_logit(late, 2, 10) == pytest.approx(-0.5)
+    # The verdict is where it is named, not where the response is.
+    words = ["A", " is", " short", ".", " Verdict", ": [[", "A", "]]"]
+    tops = [{"A": -0.01, "B": -9.0}, *[{w: -0.1} for w in words[1:6]], {"A": -0.5, "B": -0.9}, {}]
+    made = Answer("".join(words), tuple(map(Token, words, tops)))
+    assert verdict_logit(made, 2, 10) == pytest.approx(0.4)
+    words, tops = [*words[6:7], "\n", *words[:3]], [tops[6], {}, *tops[:3]]
+    made = Answer("A\nA is short", tuple(map(Token, words, tops)))
+    assert verdict_logit(made, 2, 10) == pytest.approx(0.4)
     # B is not listed, so it has at most what "x" has.
     assert verdict_logit(answer("A", {"A": -0.1, "x": -4.1}), 2, 10) == pytest.approx(4.0)
     assert verdict_logit(answer("A", {"A": -0.1, "B": -9999.0}), 2, 10) == 10

@@ -249,6 +249,18 @@ def test_chat_template_is_applied_once(tmp_path):
     assert RewardModel(tiny_llama(), tiny_tokenizer()).identity != judge.identity
 
 
+def test_the_score_is_read_at_the_last_token_though_it_be_eos():
+    tokenizer = tiny_tokenizer(CHAT)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    judge = RewardModel(tiny_llama(), tokenizer)
+    rows = [judge._tokens("hi", text) for text in ("yo", "yo yo yo")]
+    assert rows[0][-1] == tokenizer.eos_token_id
+    with torch.inference_mode():
+        last = [judge.model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        expected = judge.model.score(torch.stack(last))[:, 0]
+    np.testing.assert_allclose(judge._forward(rows), expected, atol=1e-6)
+
+
 def test_long_conversations_keep_the_response(reward):
     reward.max_tokens = 8
     figures = reward.details(["w" * 50], [["yes", "no"]])

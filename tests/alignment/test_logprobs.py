@@ -277,3 +277,20 @@ def test_stored_reference_is_what_the_policy_gives(
         texts = [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
         stored = [pair.chosen_reference_logp, pair.rejected_reference_logp]
         np.testing.assert_allclose(score(policy, texts).detach(), stored, atol=2e-5)
+
+
+def test_capped_attention_is_computed_with_its_cap(tmp_path: Path) -> None:
+    """Gemma 2's, which torch's own attention leaves out."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+    config = Gemma2Config(**shape, **heads, attn_logit_softcapping=0.5, initializer_range=1.0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    assert policy.config._attn_implementation == "eager"
+    ids = torch.tensor([[3, 9, 4, 7, 1]])
+    other = Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        assert float((policy(ids).logits - other(ids).logits).abs().max()) > 1e-3

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,6 +294,8 @@ def test_real_against_generated_drops() -> None:
     assert real_generated(prompt(), response(0), [10, 0]) is Dropped.SAME_IDS
     assert real_generated(prompt(), response(0), []) is Dropped.EMPTY
     assert real_generated(prompt(), response(0, ids=()), [10, 0]) is Dropped.EMPTY
+    blank = replace(prompt(), real=" \n")
+    assert real_generated(blank, response(1), [0]) is Dropped.EMPTY
     with pytest.raises(SparringError, match="prompt q: given a response to p"):
         real_generated(prompt("q"), response(0), [10, 0])
 

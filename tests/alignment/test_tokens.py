@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sparring.alignment import tokens
 from sparring.alignment.config import TemplateConfig
@@ -16,6 +17,7 @@ from sparring.launch.errors import SparringError
 
 BOS, EOS = 1, 2
 CHAT, INSTRUCTION = TemplateConfig(), TemplateConfig(template="instruction")
+ALONE = tokens.Turn("", EOS)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,9 @@ def test_an_eos_that_the_tokenizer_adds_is_taken_away() -> None:
 
 
 def test_a_given_response_has_one_eos_and_no_bos(tokenizer: Any) -> None:
-    ids = tokens.response_ids(tokenizer, "  aha \n", end=EOS, limit=10)
+    ids = tokens.response_ids(tokenizer, "  aha \n", ALONE, limit=10)
     assert tokenizer.decode(ids) == "aha</s>"
-    assert tokens.response_ids(Eager(), "one two", end=EOS, limit=10) == [6, 6, EOS]
+    assert tokens.response_ids(Eager(), "one two", ALONE, limit=10) == [6, 6, EOS]
 
 
 def test_a_message_that_spells_special_tokens_is_text(tokenizer: Any) -> None:
@@ -95,7 +97,7 @@ def test_a_message_that_spells_special_tokens_is_text(tokenizer: Any) -> None:
 
 
 def test_a_response_that_spells_special_tokens_ends_once(tokenizer: Any) -> None:
-    ids = tokens.response_ids(tokenizer, "one</s> two<s>", end=EOS, limit=40)
+    ids = tokens.response_ids(tokenizer, "one</s> two<s>", ALONE, limit=40)
     assert (ids.count(BOS), ids.count(EOS), ids[-1]) == (0, 1, EOS)
 
 
@@ -114,7 +116,7 @@ def test_smollm2_takes_its_own_tokens_from_a_user_for_text() -> None:
 def test_a_response_that_is_cut_has_no_eos(
     tokenizer: Any, limit: int, count: int, ended: bool
 ) -> None:
-    ids = tokens.response_ids(tokenizer, "aha", end=EOS, limit=limit)
+    ids = tokens.response_ids(tokenizer, "aha", ALONE, limit=limit)
     assert len(ids) == count <= limit
     assert (ids[-1] == EOS) == ended
 
@@ -138,6 +140,52 @@ def test_a_response_ends_as_the_models_own_turns_do(
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert tokens.ending(tokenizer, tmp_path, CHAT) == EOS
     assert tokens.ending(tokenizer, tiny_model, CHAT) == EOS
+
+
+def test_a_response_begins_as_samples_do(tmp_path: Path) -> None:
+    """SentencePiece begins a text with a space, and a sample goes on a line."""
+    pieces = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "\n": 3,
+        "▁": 4,
+        "yes": 5,
+        "▁yes": 6,
+        "a": 7,
+        "▁a": 8,
+    }
+    made = Tokenizer(models.BPE(pieces, [], unk_token="<unk>", ignore_merges=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("▁?(yes|a)|▁|\n"), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}"
+    fast.save_pretrained(tmp_path)
+    tokenizer = tokens.load_tokenizer(tmp_path)
+    place = tokens.turn(tokenizer, tmp_path, CHAT)
+    assert place == tokens.Turn("\n", 2)
+    ids = tokens.response_ids(tokenizer, "yes", place, limit=9)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["yes", "</s>"]
+    alone = tokens.response_ids(tokenizer, "yes", ALONE, limit=9)
+    assert tokenizer.convert_ids_to_tokens(alone) == ["▁yes", "</s>"]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    seen = tokens._filled(tokenizer, [{"role": "user", "content": "a"}], "p", tokenize=False)
+    assert seen == "2024a"
+
+
+def test_what_stands_before_a_response(tokenizer: Any, tiny_model: Path) -> None:
+    assert tokens.turn(tokenizer, tiny_model, CHAT).before == "\na: "
+    assert tokens.turn(tokenizer, tiny_model, INSTRUCTION).before == "\n\n### Response: "
 
 
 def test_a_template_that_refuses_a_prompt_is_told(
