@@ -91,12 +91,13 @@ def run(
 
 def _text(tokenizer: Any, ids: Sequence[int], after: str) -> str:
     """What judges read of a response: all, or what follows the last end of the model's thinking."""
-    if not after:
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    # The marker may be a special token itself.
-    text = answer(tokenizer.decode(ids, skip_special_tokens=False), after)
-    for token in tokens.special(tokenizer):
-        text = text.replace(token, "")
+    special = [token for token in tokens.special(tokenizer) if after and token in after]
+    text = str(tokenizer.decode(ids, skip_special_tokens=not special))
+    if after:
+        text = answer(text, after)
+    if special:  # the marker was one, so that the others are still there
+        for token in tokens.special(tokenizer):
+            text = text.replace(token, "")
     return text.strip()
 
 
