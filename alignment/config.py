@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from sparring.alignment.algorithms import REAL_GENERATED, Algorithm, algorithm, pair_rule
-from sparring.launch.config import Schedule, config, positive, schedule_values, within
+from sparring.launch.config import Schedule, config, positive, resource, schedule_values, within
 from sparring.launch.stages import LaunchConfig
 from sparring.launch.training import TrainingConfig
 
@@ -27,7 +27,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of generation. Weights are always stored as float32, and log-probabilities are
     the trainer's: of those, in train.precision."""
-    devices: int = 1
+    devices: int = resource(default=1)
     """Accelerators that one copy of the policy is spread over where it is only read (`generate`,
     `parity`, `reference`, `evaluate`), when it does not fit on one. `train` shards it by ZeRO."""
 
@@ -103,9 +103,9 @@ class GenerateConfig(TemplateConfig):
     chunk: int = 64
     """Prompts a shard. Shards, not ranks, decide which prompts share a batch, so that results do
     not depend on the number of ranks."""
-    max_batch: int = 128
+    max_batch: int = resource(default=128)
     """Responses that the engine decodes at once."""
-    memory: float = 0.0
+    memory: float = resource(default=0.0)
     """vLLM's key-value cache: GiB on a CPU (0: 2), share of the GPU's memory on CUDA (0: 0.9)."""
 
     def __post_init__(self) -> None:
@@ -170,7 +170,7 @@ class JudgeConfig:
     """Settings of the judge by name."""
     members: tuple[JudgeMember, ...] = ()
     """The judges of an ensemble, as [[judge.members]] tables with name, path, options, weight."""
-    cache: str = ""
+    cache: str = resource(default="")
     """Folder where verdicts on single pairs are kept across runs and looked up first ("pairrm",
     "llm"); may be shared by judges, ranks and hosts. Empty: none."""
     chunk: int = 64
@@ -236,7 +236,7 @@ class TrainConfig(TrainingConfig):
     """Passes the schedule is laid out for; 0: `epochs`. SPPO's paper: 18, stopping after 1."""
     batch: int = 64
     """Pairs an optimizer step, over all ranks."""
-    micro_batch: int = 4
+    micro_batch: int = resource(default=4)
     """Pairs a rank's forward pass."""
     max_length: int = 1024
     """Longest prompt and response in tokens; longer pairs are dropped and counted, not cut."""

@@ -20,7 +20,7 @@ from sparring.alignment.config import (
     TemplateConfig,
     TrainConfig,
 )
-from sparring.launch.config import config, parse_portion, positive
+from sparring.launch.config import config, parse_portion, positive, resource
 from sparring.launch.merging import MERGE
 from sparring.launch.stages import Stage
 
@@ -31,7 +31,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Loading:
     """How stages that only read a policy load it."""
 
-    devices: int = 1
+    devices: int = resource(default=1)
     """Accelerators that one copy of the model is spread over."""
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class PairStage(PairSettings, TemplateConfig):
 class ReferenceStage(Scoring):
     """Reference log-probabilities of one iteration."""
 
-    batch: int = 8
+    batch: int = resource(default=8)
     """Pairs a forward pass."""
     chunk: int = 128
     """Pairs a shard."""
@@ -169,7 +169,7 @@ class EvaluateStage(TemplateConfig, Scoring):
     """Estimate KL(current ‖ base) from the samples; needs the input `base_model`."""
     level: float = 0.95
     """Of the intervals."""
-    batch: int = 16
+    batch: int = resource(default=16)
     """Responses a forward pass."""
     max_response_tokens: int = 256
     """Where human responses are cut, and those that come as texts."""

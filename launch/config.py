@@ -18,11 +18,27 @@ from typing import Any, TypeVar, dataclass_transform
 from sparring.launch.errors import UsageError
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
 Schedule = float | tuple[float, ...]
 """A value, or one an iteration; a list's last entry stays for the iterations after it."""
+_RESOURCE = "resource"
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+def resource(*, default: Value) -> Value:
+    """A field for memory or speed, whose value changes nothing of a result but rounding (and the
+    draws of dropout): what was made with another one stays valid."""
+    field: Any = dataclasses.field(default=default, metadata={_RESOURCE: True})
+    return field  # type: ignore[no-any-return]
+
+
+def is_resource(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field of a configuration class is for memory or speed alone."""
+    return _RESOURCE in field.metadata
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, resource)
+)
 def config(cls: type[Config]) -> type[Config]:
     """A frozen, keyword-only dataclass whose unknown keys are refused when read from a file."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
@@ -188,14 +204,18 @@ def resolved(section: Config, iteration: int) -> Config:
     return dataclasses.replace(section, **values)  # type: ignore[type-var]
 
 
-def plain(value: Any) -> Any:
-    """Configuration as JSON-ready data."""
+def plain(value: Any, *, resources: bool = True) -> Any:
+    """Configuration as JSON-ready data; without `resources` only what decides a result."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: plain(getattr(value, f.name), resources=resources)
+            for f in dataclasses.fields(value)
+            if resources or not is_resource(f)
+        }
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, resources=resources) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain(v, resources=resources) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -139,12 +139,10 @@ def sigterm_stops() -> Iterator[None]:
 
 def claim(folder: Path, recipe: Any, *, changed: bool = False) -> None:
     """Record the recipe in the folder, or refuse a folder of another one."""
-    # How a run is launched may change between two calls: it is not part of what it computes.
-    new = {k: v for k, v in plain(recipe).items() if k != "launch"}
     path = folder / RUN_FILE
     if path.exists():
-        old = json.loads(path.read_text())["recipe"]
-        different = differences(old, new)
+        old = _deciding(type(recipe), json.loads(path.read_text())["recipe"])
+        different = differences(old, _without_launch(recipe, resources=False))
         if different and not changed:
             raise SparringError(
                 f"{folder} belongs to another recipe:\n  "
@@ -156,7 +154,20 @@ def claim(folder: Path, recipe: Any, *, changed: bool = False) -> None:
         raise SparringError(
             f"{folder} is not empty and is no run of sparring; choose another --out"
         )
-    artifacts.write_json(path, {"recipe": new})
+    artifacts.write_json(path, {"recipe": _without_launch(recipe)})
+
+
+def _without_launch(recipe: Any, *, resources: bool = True) -> dict[str, Any]:
+    # How a run is launched may change between two calls: it is not part of what it computes.
+    return {k: v for k, v in plain(recipe, resources=resources).items() if k != "launch"}
+
+
+def _deciding(recipe: type, data: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe without memory and speed, which may change too."""
+    try:
+        return _without_launch(build(recipe, data, RUN_FILE), resources=False)
+    except UsageError:  # of another pipeline, or recorded by another version
+        return data
 
 
 def execute(

@@ -67,6 +67,7 @@ class Sharding:
         # It warns of tied weights at every checkpoint, which load as they were saved.
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         self._clip = config.clip
+        self._offload = config.offload
         self._ema_decay = config.ema
         self._ema: EMA | None = None
         self._model: nn.Module | None = None
@@ -182,9 +183,12 @@ class Sharding:
             if not (folder / "done").exists():
                 continue
             facts = json.loads((folder / "done").read_text())
-            # ZeRO's shards are bound to the number of ranks: with another one, start over.
-            if {k: facts[k] for k in self._layout()} == self._layout():
+            # ZeRO's shards are bound to ranks and device: with others, start over.
+            if {k: facts.get(k) for k in self._layout()} == self._layout():
                 self.accelerator.load_state(str(folder))
+                # It counts forward passes to know the last one of a step; of the checkpoint's
+                # there may have been another number a step.
+                self.accelerator.step = 0
                 if self._ema:
                     self._ema.load_state_dict(load_file(self._ema_file(folder)))
                 return int(facts["step"])
@@ -200,7 +204,7 @@ class Sharding:
         return folder / f"ema-{self.world.rank:05d}.safetensors"
 
     def _layout(self) -> dict[str, Any]:
-        return {"ranks": self.world.size, "zero": self.stage}
+        return {"ranks": self.world.size, "zero": self.stage, "offload": self._offload}
 
     def full_state(self, work: Path) -> dict[str, Tensor]:
         """All weights in float32 on rank 0 (nothing elsewhere): their average where there is one,

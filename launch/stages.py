@@ -196,7 +196,7 @@ def content_key(step: Step, inputs: Mapping[str, str], launch: LaunchConfig) -> 
             "stage": step.stage.name,
             "version": step.stage.version,
             "packages": package_versions(step.stage, python),
-            "config": plain(step.config),
+            "config": plain(step.config, resources=False),
             "seed": step.seed,
             "inputs": dict(inputs),
             **({"files": named} if named else {}),

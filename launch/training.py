@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from sparring.launch.config import Schedule, config, positive, schedule_values, within
+from sparring.launch.config import Schedule, config, positive, resource, schedule_values, within
 from sparring.launch.seeds import derive
 from sparring.optimizers.config import OptimizerConfig
 
@@ -26,19 +26,19 @@ class TrainingConfig:
     """Share of the schedule over which the learning rate rises from 0."""
     batch: int = 64
     """Examples an optimizer step, over all ranks."""
-    micro_batch: int = 4
+    micro_batch: int = resource(default=4)
     """Examples a rank's forward pass."""
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = resource(default=False)
     """Recompute activations going backward: less memory, about a third more work."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number type of the forward pass; weights and optimizer stay float32."""
-    zero: int = -1
+    zero: int = resource(default=-1)
     """DeepSpeed ZeRO stage 0 to 3; -1: plain torch on one rank, stage 2 on several."""
-    offload: bool = False
+    offload: bool = resource(default=False)
     """Keep the optimizer in host memory (ZeRO 2 and 3)."""
-    save_every: int = 50
+    save_every: int = resource(default=50)
     """Optimizer steps between checkpoints; 0: none."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which then is the result; 0: none."""

@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from sparring.launch.config import is_resource
 from sparring.launch.runs import pipelines
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -150,7 +151,8 @@ def _keys(heading: str, cls: type) -> list[str]:
         if _table(hints[field.name]):
             continue  # a table of its own
         kind, text = notes[field.name]
-        cells = [f"`{field.name}`", kind, _default(field), text]
+        name = f"`{field.name}`{' °' * is_resource(field)}"
+        cells = [name, kind, _default(field), text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]
 

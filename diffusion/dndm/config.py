@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sparring.launch.arms import check_names
-from sparring.launch.config import config, positive, within
+from sparring.launch.config import config, positive, resource, within
 from sparring.launch.stages import LaunchConfig
 from sparring.launch.training import TrainingConfig
 
@@ -122,7 +122,7 @@ class TextTrainConfig(TrainingConfig):
 
     batch: int = 128
     """Pairs or pieces an optimizer step, over all ranks."""
-    micro_batch: int = 128
+    micro_batch: int = resource(default=128)
     """Pairs or pieces a rank's forward pass."""
     steps: int = 1000
     """Optimizer steps."""

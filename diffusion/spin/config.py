@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparring.launch.config import Schedule, config, positive, schedule_values, within
+from sparring.launch.config import Schedule, config, positive, resource, schedule_values, within
 from sparring.launch.stages import LaunchConfig
 from sparring.launch.training import TrainingConfig
 
@@ -75,7 +75,7 @@ class SamplingConfig:
     """Network calls an image, twice as many with guidance."""
     guidance: float = 7.5
     """Classifier-free guidance; 1: none."""
-    batch: int = 8
+    batch: int = resource(default=8)
     """Images a forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of the pipeline."""

@@ -11,7 +11,7 @@ from sparring.diffusion.spin.config import (
     ImageTrainConfig,
     SamplingConfig,
 )
-from sparring.launch.config import config, positive
+from sparring.launch.config import config, positive, resource
 from sparring.launch.stages import Stage
 
 
@@ -35,7 +35,7 @@ class EncodeImagesStage:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of autoencoder and text encoders."""
-    batch: int = 8
+    batch: int = resource(default=8)
     """Images, or captions, a forward pass."""
     chunk: int = 256
     """Pairs a shard."""

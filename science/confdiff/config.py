@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from sparring.launch.arms import check_names
-from sparring.launch.config import config, positive, within
+from sparring.launch.config import config, positive, resource, within
 from sparring.launch.stages import LaunchConfig
 from sparring.launch.training import TrainingConfig
 
@@ -164,11 +164,11 @@ class ConformationTrainConfig(TrainingConfig):
     """Share of the schedule over which the learning rate rises from 0."""
     batch: int = 128
     """Structures an optimizer step, over all ranks."""
-    micro_batch: int = 128
+    micro_batch: int = resource(default=128)
     """Structures a rank's forward pass."""
     ema: float = 0.999
     """Decay of a moving average of the weights, which then is the result; 0: none."""
-    save_every: int = 500
+    save_every: int = resource(default=500)
     """Optimizer steps between checkpoints; 0: none."""
     size: Literal["tiny", "base", "paper"] = "tiny"
     """Of the network."""
@@ -214,13 +214,13 @@ class GuideConfig(TrainingConfig):
     """Share of the schedule over which the learning rate rises from 0."""
     batch: int = 128
     """Structures an optimizer step, over all ranks."""
-    micro_batch: int = 128
+    micro_batch: int = resource(default=128)
     """Structures a rank's forward pass; energy: at least one contrast."""
     contrast: int = 16
     """energy: structures that are contrasted with one another, of one chain at one time."""
     ema: float = 0.999
     """Decay of a moving average of the weights, which then is the result; 0: none."""
-    save_every: int = 500
+    save_every: int = resource(default=500)
     """Optimizer steps between checkpoints; 0: none."""
     consistency: float = 10.0
     """force: weight of agreeing with the slope of the energy that is learnt beside it, which moves

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,19 @@ def test_two_ranks_with_zero_give_one_process_s_weights(
         for run in (plain, out)
     ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_smaller_forward_passes_after_a_checkpoint_change_no_weight(
+    stage: int, plain: Path, tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    worker = Path(__file__).with_name("resume_worker.py")
+    command = [sys.executable, worker, tiny_model, pairs, tmp_path / "train", stage]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "train" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert largest_difference(plain, tmp_path / "train") < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -399,6 +399,23 @@ def test_a_checkpoint_of_another_layout_is_not_loaded(new_run: Callable[..., Run
     assert cut.events[0]["done"] == 1
 
 
+def test_memory_and_speed_may_change_at_a_checkpoint(new_run: Callable[..., Run]) -> None:
+    common = {"epochs": 2, "batch": 5, "lr": 1e-5}  # the rate: as in how_a_batch_is_cut
+    whole, cut = new_run("whole", **common), new_run("cut", **common)
+    whole()
+    with pytest.raises(Stopped):
+        cut(stop_after(3))
+    cut.config = dataclasses.replace(
+        cut.config, micro_batch=1, gradient_checkpointing=True, save_every=1
+    )
+    cut()
+    done = [event["done"] for event in cut.events]
+    assert done == list(range(1, len(whole.metrics) + 1)), "no step is repeated"
+    assert largest_difference(whole.weights, cut.weights) < 1e-6
+    for a, b in zip(whole.metrics, cut.metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
 def test_the_result_is_a_whole_model_folder(new_run: Callable[..., Run], tiny_model: Path) -> None:
     from sparring.alignment.models import load_policy
     from sparring.alignment.tokens import load_tokenizer

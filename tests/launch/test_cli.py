@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,11 @@ def test_help_is_immediate() -> None:
     script = Path(sys.executable).with_name("sparring")
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         subprocess.run([str(script), "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - started)
+        after = os.times()
+        # Of the processor, which a busy machine changes little.
+        times.append(after.children_user - before.children_user)
     assert min(times) < 0.5
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sparring.launch.config import at, build, config, differences, parse, plain, read_toml
+from sparring.launch.config import (
+    at,
+    build,
+    config,
+    differences,
+    parse,
+    plain,
+    read_toml,
+    resource,
+)
 from sparring.launch.errors import UsageError
 
 
@@ -27,6 +36,12 @@ class Outer:
     name: str
     inner: Inner = Inner()
     where: Path = Path("here")
+
+
+@config
+class Bounded:
+    batch: int = 1
+    memory: int = resource(default=1)
 
 
 def refusal(**data: object) -> str:
@@ -159,6 +174,14 @@ def test_schedules_keep_their_last_value() -> None:
 def test_plain_data_builds_the_same_again() -> None:
     outer = Outer(name="a", inner=Inner(rate=(0.1, 0.2)), where=Path("x/y"))
     assert build(Outer, plain(outer), "again") == outer
+
+
+def test_plain_data_without_resources_is_what_decides_a_result() -> None:
+    assert plain(Bounded(batch=2, memory=3), resources=False) == {"batch": 2}
+    assert plain(Bounded(batch=2, memory=3)) == {"batch": 2, "memory": 3}
+    nested = {"some": (Bounded(),), "one": Bounded(memory=3)}
+    assert plain(nested, resources=False) == {"some": [{"batch": 1}], "one": {"batch": 1}}
+    assert build(Bounded, {"memory": 5}, "r.toml").memory == 5
 
 
 def test_differences_are_dotted_keys() -> None:

@@ -51,7 +51,7 @@ def test_the_manifest_tells_what_went_in(toy: Any, tmp_path: Path) -> None:
     execute(toy, tmp_path / "run", second=5)
     one, two = (manifest(tmp_path / "run" / name) for name in ("one", "two"))
     assert two["inputs"] == {"other": one["digest"]}
-    assert two["config"] == {"value": 5, "mode": "ok"}
+    assert two["config"] == {"value": 5, "mode": "ok", "memory": 1}
     assert two["figures"] == {"total": 6}
 
 
@@ -86,6 +86,31 @@ def test_how_a_run_is_launched_is_no_change(toy: Any, tmp_path: Path) -> None:
     execute(toy, tmp_path / "run")
     again = execute(toy, tmp_path / "run", launch=LaunchConfig())
     assert again["computed"] == 0
+
+
+def test_memory_and_speed_may_change_between_two_calls(toy: Any, tmp_path: Path) -> None:
+    execute(toy, tmp_path / "run", memory=2)
+    (tmp_path / "run" / "two" / "manifest.json").unlink()
+    again = execute(toy, tmp_path / "run", memory=1)
+    assert (again["computed"], again["kept"]) == (1, 1)
+    made = {name: manifest(tmp_path / "run" / name)["config"]["memory"] for name in ("one", "two")}
+    assert made == {"one": 2, "two": 1}, "what each was made with"
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    assert recorded["memory"] == 1
+    with pytest.raises(SparringError, match=r"another recipe:\n  second: 2 -> 5\n"):
+        execute(toy, tmp_path / "run", memory=3, second=5)
+
+
+def test_a_recipe_that_another_version_recorded_is_compared_too(toy: Any, tmp_path: Path) -> None:
+    execute(toy, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    recorded = json.loads(path.read_text())["recipe"]
+    path.write_text(json.dumps({"recipe": {**recorded, "third": 3}}))
+    with pytest.raises(SparringError, match=r"third: 3 -> None"):
+        execute(toy, tmp_path / "run")
+    del recorded["mode"]  # a setting that is new since then, at its default
+    path.write_text(json.dumps({"recipe": recorded}))
+    assert execute(toy, tmp_path / "run")["computed"] == 0
 
 
 def test_a_folder_of_someone_else_is_refused(toy: Any, tmp_path: Path) -> None:

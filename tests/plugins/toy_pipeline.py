@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sparring.launch.config import config
+from sparring.launch.config import config, resource
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.stages import Context, Figures, LaunchConfig, Stage, Step
 
@@ -18,6 +18,7 @@ from sparring.launch.stages import Context, Figures, LaunchConfig, Stage, Step
 class Add:
     value: int = 1
     mode: str = "ok"
+    memory: int = resource(default=1)
 
 
 @config
@@ -28,6 +29,7 @@ class ToyRecipe:
     first: int = 1
     second: int = 2
     mode: str = "ok"
+    memory: int = resource(default=1)
     launch: LaunchConfig = LaunchConfig()
 
 
@@ -73,8 +75,13 @@ class Toy:
 
     def steps(self, recipe: ToyRecipe) -> list[Step]:
         return [
-            Step("one", ADD, Add(value=recipe.first), {}),
-            Step("two", ADD, Add(value=recipe.second, mode=recipe.mode), {"other": "one"}),
+            Step("one", ADD, Add(value=recipe.first, memory=recipe.memory), {}),
+            Step(
+                "two",
+                ADD,
+                Add(value=recipe.second, mode=recipe.mode, memory=recipe.memory),
+                {"other": "one"},
+            ),
         ]
 
     def locate(self, name: str) -> Path:
