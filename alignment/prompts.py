@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sparring.alignment.base_questions import CHITCHAT_FILE, base_questions, package_file
+from sparring.alignment.base_questions import CHITCHAT_FILE, base_questions
 from sparring.alignment.rows import Message, Prompt
 from sparring.launch.errors import SparringError, UsageError
+from sparring.launch.packaged import packaged
 
 Item = TypeVar("Item")
 
@@ -169,7 +170,7 @@ def chitchat_prompts(seed: int, turns: int = 3) -> list[Prompt]:
     """
     if turns < 1 or turns % 2 == 0:
         raise UsageError(f"turns={turns} must be odd, so that prompts start and end with the user")
-    path = package_file("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
+    path = packaged("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
     conversations = json.loads(path.read_text(encoding="utf-8"))
     prompts = []
     seen: set[tuple[Message, ...]] = set()

@@ -5,11 +5,7 @@ Shape legend: T months, N assets, S states, D variables, L width of g.
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,61 +38,6 @@ def _constants(*tensors: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return moved[key]
 
     return of
-
-
-def synthetic_returns(
-    periods: int = 2000, assets: int = 200, *, kappa: float = 20.0, seed: int = 0
-) -> FloatArray:
-    """(T, N) rows from N(μ, U diag(1, …, 1, κ) Uᵀ), U a random rotation and μ from N(0, I/4)."""
-    rng = np.random.default_rng(seed)
-    rotation, _ = np.linalg.qr(rng.standard_normal((assets, assets)))
-    scale = np.ones(assets)
-    scale[-1] = np.sqrt(kappa)
-    mean = rng.standard_normal(assets) / 2
-    drawn: FloatArray = mean + (rng.standard_normal((periods, assets)) * scale) @ rotation.T
-    return drawn
-
-
-def monthly_returns() -> FloatArray:
-    """(819, 30) monthly returns 1949-2017 in percent: 12 industries, 18 Ken French portfolios.
-
-    From the data that the package linearmodels ships (licence NCSA); the package is not imported.
-
-    Raises:
-        ModuleNotFoundError: linearmodels is not installed (`pip install --no-deps linearmodels`).
-    """
-    found = importlib.util.find_spec("linearmodels")
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError(
-            "monthly_returns reads a file of linearmodels: pip install --no-deps linearmodels"
-        )
-    path = Path(found.origin).parent / "datasets" / "french" / "french.csv.bz2"
-    with bz2.open(path, "rt") as lines:
-        columns = next(lines).strip().split(",")
-        rows = [line.strip().split(",")[1:] for line in lines]
-    table = np.array(rows, dtype=np.float64)
-    first = columns.index("NoDur") - 1  # the factors come before it
-    return 100 * table[:, first:]
-
-
-def daily_returns() -> FloatArray:
-    """(8312, 20) daily returns 1990-2022 in percent of 20 stocks of the S&P 500.
-
-    From the prices that the package skfolio ships (licence BSD-3); the package is not imported.
-
-    Raises:
-        ModuleNotFoundError: skfolio is not installed (`pip install --no-deps skfolio`).
-    """
-    found = importlib.util.find_spec("skfolio")
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError(
-            "daily_returns reads a file of skfolio: pip install --no-deps skfolio"
-        )
-    path = Path(found.origin).parent / "datasets" / "data" / "sp500_dataset.csv.gz"
-    with gzip.open(path, "rt") as lines:
-        next(lines)
-        prices = np.array([line.strip().split(",")[1:] for line in lines], dtype=np.float64)
-    return np.asarray(100 * (prices[1:] / prices[:-1] - 1))
 
 
 def portfolio(returns_TN: npt.ArrayLike) -> CompositionalProblem:

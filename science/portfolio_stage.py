@@ -10,24 +10,25 @@ import numpy as np
 
 from sparring.launch import artifacts
 from sparring.launch.collective import one_thread
-from sparring.launch.errors import SparringError
 from sparring.launch.metrics import MetricsFile
 from sparring.launch.stages import Context, Figures
 from sparring.science import compositional_examples as examples
 from sparring.science.compositional import minimize_compositional
 from sparring.science.config import ComposeStage
+from sparring.science.returns import daily_returns, monthly_returns
 
-_RETURNS = {"monthly": examples.monthly_returns, "daily": examples.daily_returns}
+_RETURNS = {"monthly": monthly_returns, "daily": daily_returns}
 
 
 def run(
     config: ComposeStage, inputs: Mapping[str, Path], output: Path, context: Context
 ) -> Figures:
-    """Write metrics.jsonl, the gap at points of the budget, and solution.json."""
-    try:
-        returns = _RETURNS[config.portfolio.returns]()
-    except ModuleNotFoundError as error:
-        raise SparringError(str(error)) from None
+    """Write metrics.jsonl, the gap at points of the budget, and solution.json.
+
+    Raises:
+        SparringError: the package with the returns is not installed.
+    """
+    returns = _RETURNS[config.portfolio.returns]()
     problem = examples.portfolio(returns)
     assert problem.inner_count is not None
     assert problem.optimum is not None

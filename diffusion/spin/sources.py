@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from PIL import Image
 from sparring.diffusion.spin.config import ImagesConfig
 from sparring.diffusion.spin.pictures import from_png
 from sparring.launch.errors import SparringError
+from sparring.launch.packaged import packaged
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -43,13 +43,7 @@ def digits(config: ImagesConfig) -> Iterator[Found]:
 
 def icons(config: ImagesConfig) -> Iterator[Found]:
     """fugue-icons: 3570 icons of 16 x 16 by Yusuke Kamiyamane (CC BY 3.0), named in words."""
-    spec = importlib.util.find_spec("fugue_icons")
-    if spec is None or not spec.submodule_search_locations:
-        raise SparringError(
-            'images.source = "icons" needs the package fugue-icons: pip install --no-deps '
-            "fugue-icons"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "static"
+    folder = packaged("fugue_icons", "static", "fugue-icons")
     sheet = Image.open(folder / "fugue-icons.png").convert("RGBA")
     places: Mapping[str, list[int]] = json.loads((folder / "fugue-icons.json").read_text())
     for name, (x, y) in sorted(places.items()):

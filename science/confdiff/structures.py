@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from sparring.launch.errors import SparringError
+from sparring.launch.packaged import packaged
 from sparring.science.confdiff import atoms as atom14
 from sparring.science.confdiff.residues import ATOMS, ONE_LETTER, SLOTS
 from sparring.science.confdiff.rows import TORSIONS, Conformation
@@ -333,10 +333,4 @@ def benchmark_structures(
 
 def benchmark_files() -> list[Path]:
     """The PDB files of `bioemu-benchmarks`, sorted; errors as `benchmark_structures`."""
-    spec = find_spec(_BENCHMARKS)  # does not run the package, whose imports conflict with ours
-    if spec is None or not spec.submodule_search_locations:
-        raise SparringError(
-            "the real structures come with bioemu-benchmarks: pip install --no-deps "
-            "bioemu-benchmarks (its own pins conflict; only its data is used)"
-        )
-    return sorted(Path(spec.submodule_search_locations[0]).rglob("*.pdb"))
+    return sorted(packaged(_BENCHMARKS, "", "bioemu-benchmarks").rglob("*.pdb"))

@@ -14,8 +14,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
-from sparring.alignment.base_questions import CHITCHAT_FILE, package_file
+from sparring.alignment.base_questions import CHITCHAT_FILE
 from sparring.launch.artifacts import write_atomically
+from sparring.launch.packaged import packaged
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Data:
 
 
 def corpus_file(text: Path | None) -> Path:
-    return text or package_file("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
+    return text or packaged("chitchat_dataset", CHITCHAT_FILE, "chitchat-dataset")
 
 
 def documents(text: Path | None, limit: int | None = None) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ from sparring.launch.comparison import CompareConfig, geometric_interval, sample
 from sparring.launch.report import Series, line_chart
 from sparring.science import compositional_examples as examples
 from sparring.science.compositional import CompositionalProblem, minimize_compositional
+from sparring.science.returns import daily_returns, monthly_returns, synthetic_returns
 
 METHODS = ("sarah-c", "vrsc-pg", "storm-c", "scgd", "asc-pg", "gd")
 # Below this a gap is rounding.
@@ -59,13 +60,13 @@ def settings(quick: bool) -> dict[str, Setting]:
     points = 40 if quick else 200
     chosen = {
         "portfolio, 30 Ken French portfolios": Setting(
-            lambda: examples.portfolio(examples.monthly_returns()), lambda: np.ones(30), 2e-3
+            lambda: examples.portfolio(monthly_returns()), lambda: np.ones(30), 2e-3
         ),
         "portfolio, 20 stocks daily": Setting(
-            lambda: examples.portfolio(examples.daily_returns()), lambda: np.ones(20), 0.03
+            lambda: examples.portfolio(daily_returns()), lambda: np.ones(20), 0.03
         ),
         "portfolio, synthetic": Setting(
-            lambda: examples.portfolio(examples.synthetic_returns()),
+            lambda: examples.portfolio(synthetic_returns()),
             lambda: np.ones(200),
             0.05,
         ),

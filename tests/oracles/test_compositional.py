@@ -16,9 +16,9 @@ from sparring.science.compositional_examples import (
     portfolio,
     portfolio_optimum,
     sne,
-    synthetic_returns,
     tanh_regression,
 )
+from sparring.science.returns import synthetic_returns
 
 RETURNS = synthetic_returns(40, 4, kappa=3.0, seed=1)
 

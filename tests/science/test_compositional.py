@@ -15,6 +15,7 @@ from sparring.science.compositional import (
     minimize_compositional,
 )
 from sparring.science.compositional_optimizer import CompositionalOptimizer
+from sparring.science.returns import monthly_returns, synthetic_returns
 
 TANH = examples.tanh_regression(40, 3, 2)
 START = np.array([-2.0, 1, 0, 2, -1, 1])
@@ -119,7 +120,7 @@ def test_tolerance_random_output_schedules_and_normalised_steps() -> None:
 
 
 def test_divergence_is_a_failure_that_names_the_step_length() -> None:
-    returns = examples.synthetic_returns(20, 3)
+    returns = synthetic_returns(20, 3)
     result = minimize_compositional(
         examples.portfolio(returns), np.ones(3), "gd", lr=1e3, max_iter=400
     )
@@ -147,7 +148,7 @@ def test_a_start_that_is_not_finite_and_a_spent_budget_say_so() -> None:
 @pytest.mark.parametrize(
     ("problem", "size"),
     [
-        (examples.portfolio(examples.synthetic_returns(30, 4)), 4),
+        (examples.portfolio(synthetic_returns(30, 4)), 4),
         (examples.random_bellman(8, 3), 3),
         (TANH, 6),
         (examples.digits_sne(20, perplexity=5.0), 40),
@@ -251,7 +252,7 @@ def test_the_torch_optimizer_resumes_exactly() -> None:
 
 
 def test_real_data() -> None:
-    returns = examples.monthly_returns()
+    returns = monthly_returns()
     assert returns.shape == (819, 30)
     assert 0.5 < returns.mean() < 2  # percent a month
     assert np.isfinite(examples.portfolio(returns).optimum)

@@ -21,6 +21,7 @@ from sparring.science.admm_consensus import consensus_admm
 from sparring.science.compositional import minimize_compositional
 from sparring.science.config import AdmmStage
 from sparring.science.pipeline import ADMM, CONSENSUS
+from sparring.science.returns import monthly_returns
 from sparring.science.sme_lasso import support_process
 
 PORTFOLIO = """
@@ -87,7 +88,7 @@ def test_a_portfolio_run_and_the_same_command_again(
     assert "geometric mean" in out
     # Gradient descent draws nothing, so that one seed is all there is.
     assert "4 steps computed, 0 kept" in out
-    problem = examples.portfolio(examples.monthly_returns())
+    problem = examples.portfolio(monthly_returns())
     exact = minimize_compositional(
         problem, np.ones(30), "gd", lr=2e-4, batch=5, max_ifo=3 * 3 * 819
     )
@@ -286,12 +287,7 @@ def test_what_only_the_run_can_tell_is_an_error_with_the_fix(
 def test_without_the_data_it_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = examples.importlib.util.find_spec
-    monkeypatch.setattr(
-        examples.importlib.util,
-        "find_spec",
-        lambda name: None if name in ("linearmodels", "skfolio") else original(name),
-    )
+    monkeypatch.setattr("sparring.launch.packaged.find_spec", lambda name: None)
     path = write(tmp_path, PORTFOLIO.format(lr=0.1))
     for returns, package in (("monthly", "linearmodels"), ("daily", "skfolio")):
         out = str(tmp_path / returns)

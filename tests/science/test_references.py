@@ -24,13 +24,14 @@ from sparring.science.admm import (
 )
 from sparring.science.compositional import minimize_compositional
 from sparring.science.lasso_stage import diabetes
+from sparring.science.returns import daily_returns, monthly_returns
 
 
 @pytest.fixture(scope="module")
 def daily() -> np.ndarray:
     if importlib.util.find_spec("skfolio") is None:
         pytest.skip("needs skfolio's data file: pip install --no-deps skfolio")
-    return examples.daily_returns()
+    return daily_returns()
 
 
 def test_daily_returns_are_those_of_the_file(daily: np.ndarray) -> None:
@@ -130,7 +131,7 @@ def test_ridge_on_diabetes_equals_scikit_learns() -> None:
 
 def test_fused_lasso_of_a_real_series_equals_cvxpys(cvxpy: Any) -> None:
     """Five years of monthly returns: jumps and levels are penalised, A stacks both."""
-    series = examples.monthly_returns()[-60:, 0]
+    series = monthly_returns()[-60:, 0]
     D = np.vstack([difference_matrix(60), np.eye(60)])
     beta = np.repeat([2.0, 0.3], [59, 60])
     x = cvxpy.Variable(60)

@@ -40,7 +40,7 @@ def collected(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[Text
 def dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cmudict.dict"
     path.write_text(CMUDICT)
-    monkeypatch.setattr(corpora, "package_file", lambda *_: path)
+    monkeypatch.setattr(corpora, "packaged", lambda *_: path)
 
 
 @pytest.mark.usefixtures("dictionary")
@@ -184,11 +184,6 @@ def test_missing_and_empty_files_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SparringError, match=message):
         collected(tmp_path, **options)
-
-
-def test_a_missing_package_is_named() -> None:
-    with pytest.raises(SparringError, match="pip install --no-deps no-such-thing"):
-        corpora.package_file("no_such_thing", "x", "no-such-thing")
 
 
 def test_symbols_have_numbers_and_come_back() -> None:

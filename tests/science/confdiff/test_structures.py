@@ -241,7 +241,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SparringError, match=re.escape('mdtraj: pip install "sparring[proteins]"')):
         structures.mdtraj_module()
     monkeypatch.setattr(structures, "_BENCHMARKS", "no_such_package")
-    with pytest.raises(SparringError, match="come with bioemu-benchmarks"):
+    with pytest.raises(SparringError, match="pip install --no-deps bioemu-benchmarks"):
         structures.benchmark_files()
 
 
