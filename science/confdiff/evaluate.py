@@ -17,7 +17,7 @@ from sparring.launch.errors import SparringError
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Context, Figures
 from sparring.science.confdiff import atoms as atom14
-from sparring.science.confdiff import coverage, metrics
+from sparring.science.confdiff import comparison, coverage, metrics
 from sparring.science.confdiff.config import (
     ConformationEvaluateConfig,
     inverse_temperature_change,
@@ -27,6 +27,7 @@ from sparring.science.confdiff.labels import minimised_energies
 from sparring.science.confdiff.results import PANELS
 from sparring.science.confdiff.rows import Conformation
 from sparring.science.confdiff.structures import atoms_array, torsions_array
+from sparring.science.confdiff.tica import TicaModel
 
 Array = npt.NDArray[np.float64]
 
@@ -128,9 +129,7 @@ def relaxed_energies(
     return np.asarray(energies[finite], dtype=np.float64), chosen[finite]
 
 
-def _panel(
-    ensemble: Ensemble, tica: metrics.TicaModel | None, logs: Array | None
-) -> dict[str, Array]:
+def _panel(ensemble: Ensemble, tica: TicaModel | None, logs: Array | None) -> dict[str, Array]:
     """What pictures are drawn from."""
     angles = np.degrees(ensemble.phi_psi())
     known = np.isfinite(angles[0]).all(-1)
@@ -173,7 +172,7 @@ def _torsion_figures(
     for name, metric in compared.items():
         distance = metric(ours, theirs, logs)
         found |= {name: distance.js, f"{name}_hit_rate": distance.hit_rate}
-        floor = metrics.noise_floor(metric, np.array_split(theirs, replicas), len(ours))
+        floor = comparison.noise_floor(metric, np.array_split(theirs, replicas), len(ours))
         found[f"{name}_floor"] = floor.js
     return found
 
@@ -217,7 +216,7 @@ def run(
     """
     rows = read_conformations([inputs["samples"]])
     if config.structures:
-        kept = metrics.thinned(len(rows), config.structures, derive(context.seed, "structures"))
+        kept = comparison.thinned(len(rows), config.structures, derive(context.seed, "structures"))
         rows = [rows[n] for n in kept]
     sample = Ensemble(rows, inputs["samples"])
     reference = Ensemble(read_conformations([inputs["reference"]]), inputs["reference"])
@@ -228,10 +227,8 @@ def run(
     _note_other_law(sample, reference, config, context)
     logs = weights_of(sample, config.reweight)
     replicas = reference.replicas(inputs["reference"])
-    tica = (
-        metrics.TicaModel(replicas, config.lag) if config.lag and len(sample.sequence) > 2 else None
-    )
-    figures: Figures = metrics.compare(sample.ca, replicas, tica, logs)
+    tica = TicaModel(replicas, config.lag) if config.lag and len(sample.sequence) > 2 else None
+    figures: Figures = comparison.compare(sample.ca, replicas, tica, logs)
     figures |= _torsion_figures(sample, reference, len(replicas), logs)
     figures |= {
         "peptide_break": metrics.peptide_break(sample.atoms, logs),

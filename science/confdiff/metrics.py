@@ -11,7 +11,6 @@ Shape legend: S test and R reference structures, N residues, C channels. Coordin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +33,6 @@ PEPTIDE_BREAK = 0.14
 """nm of C-N."""
 CONTACT = 1.0
 """nm between CA."""
-TICA_RESIDUES = 64
-"""TICA's features are the CA pairs of at most so many residues, evenly spaced: their covariance
-matrix would be 28 GB for a chain of 350."""
 _BLOCK = 256
 
 
@@ -135,7 +131,8 @@ def _check(test: FloatArray, reference: FloatArray) -> None:
             raise SparringError(f"structure {bad} of the {name} ensemble is not finite; drop it")
 
 
-def _distance(channels: tuple[Float64, Float64]) -> Distance:
+def mean_distance(channels: tuple[Float64, Float64]) -> Distance:
+    """Of what `js_channels` gives, the mean over channels."""
     return Distance(float(channels[0].mean()), float(channels[1].mean()))
 
 
@@ -173,7 +170,7 @@ def js_pwd(
     Raises:
         SparringError: fewer than four residues; other chains; structures that are not finite.
     """
-    return _distance(
+    return mean_distance(
         js_channels(pair_distances(test, 3), pair_distances(reference, 3), log_weights)
     )
 
@@ -196,7 +193,9 @@ def js_rg_per_residue(
 
     Not comparable with :func:`js_rg`. Arguments as js_pwd.
     """
-    return _distance(js_channels(centre_distances(test), centre_distances(reference), log_weights))
+    return mean_distance(
+        js_channels(centre_distances(test), centre_distances(reference), log_weights)
+    )
 
 
 def js_rg(
@@ -204,58 +203,7 @@ def js_rg(
 ) -> Distance:
     """The usual JS-Rg (Str2Str): JS of one number a structure, the radius of gyration."""
     ours, theirs = radius_of_gyration(test)[:, None], radius_of_gyration(reference)[:, None]
-    return _distance(js_channels(ours, theirs, log_weights))
-
-
-class TicaModel:
-    """Slowest collective variables of a reference trajectory (deeptime's TICA, kinetic map).
-
-    Args:
-        reference: CA (R, N, 3) of each continuous trajectory.
-        lag: frames.
-
-    Raises:
-        SparringError: fewer than three residues; no trajectory longer than the lag; no deeptime.
-    """
-
-    def __init__(self, reference: Sequence[FloatArray], lag: int) -> None:
-        try:
-            from deeptime.decomposition import TICA
-        except ModuleNotFoundError:
-            raise SparringError('JS-TIC needs deeptime: pip install "sparring[proteins]"') from None
-        self._every = -(-reference[0].shape[1] // TICA_RESIDUES) if reference else 1
-        usable = [self._features(ca) for ca in reference if len(ca) > lag]
-        if lag < 1 or not usable:
-            longest = max((len(ca) for ca in reference), default=0)
-            raise SparringError(
-                f"TICA with a lag of {lag} frames needs a lag of at least 1 and a longer "
-                f"trajectory; the longest has {longest} frames"
-            )
-        if usable[0].shape[1] < 2:
-            raise SparringError("TICA in two dimensions needs at least three residues")
-        self.model = TICA(lagtime=lag, dim=2, scaling="kinetic_map").fit(usable).fetch_model()
-        self.reference = np.concatenate([self(ca) for ca in reference])
-        """(R, 2) of all reference structures."""
-
-    def _features(self, ca: FloatArray) -> Float64:
-        return pair_distances(ca[:, :: self._every])
-
-    def __call__(self, ca: FloatArray) -> Float64:
-        """(S, 2) components of CA (S, N, 3)."""
-        components = np.asarray(self.model.transform(self._features(ca)), dtype=np.float64)
-        if components.shape[1] < 2:
-            raise SparringError(
-                "the reference has fewer than two independent slow motions; TICA needs more frames"
-            )
-        return components
-
-    def js_tic(self, test: FloatArray, log_weights: FloatArray | None = None) -> Distance:
-        """JS-TIC: mean of the JS of the first and of the second component."""
-        return _distance(js_channels(self(test), self.reference, log_weights))
-
-    def js_tic2d(self, test: FloatArray, log_weights: FloatArray | None = None) -> Distance:
-        """JS-TIC2D: JS of one histogram of 50 x 50 bins."""
-        return js_2d(self(test), self.reference, log_weights)
+    return mean_distance(js_channels(ours, theirs, log_weights))
 
 
 def js_2d(
@@ -288,7 +236,7 @@ def js_phi_psi(
     flat = [np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (test, reference)]
     defined = np.isfinite(flat[1][0])
     ours, theirs = (_circle(x[:, defined]) for x in flat)
-    return _distance(js_channels(ours, theirs, log_weights, (-np.pi, np.pi)))
+    return mean_distance(js_channels(ours, theirs, log_weights, (-np.pi, np.pi)))
 
 
 def js_ramachandran(
@@ -340,82 +288,3 @@ def rmse_contact(
     return float(
         np.sqrt(((probability - (pair_distances(reference) < CONTACT).mean(axis=0)) ** 2).mean())
     )
-
-
-def halves(trajectories: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """Two halves of a reference: its replicas if there are several, else before and after."""
-    if len(trajectories) > 1:
-        middle = len(trajectories) // 2
-        return np.concatenate(trajectories[:middle]), np.concatenate(trajectories[middle:])
-    middle = len(trajectories[0]) // 2
-    return trajectories[0][:middle], trajectories[0][middle:]
-
-
-def thinned(count: int, number: int, seed: int) -> npt.NDArray[np.int64]:
-    """Which `number` of `count` structures to keep, at random and in their order; all of fewer.
-
-    A histogram of fewer draws is farther from that of the same law (JS of 50 bins: .08 for 1000
-    draws, .02 for 20 000), so that ensembles compare at one number only.
-    """
-    chosen = np.random.default_rng(seed).permutation(count)[:number]
-    return np.sort(chosen)
-
-
-def noise_floor(
-    metric: Callable[[FloatArray, FloatArray], Distance],
-    trajectories: Sequence[FloatArray],
-    number: int,
-) -> Distance:
-    """What so many structures of the reference score against its other half.
-
-    It is what a perfect model would get, but for the noise of the halves themselves, whose frames
-    correlate.
-    """
-    first, second = halves(trajectories)
-    return metric(first[thinned(len(first), number, 0)], second)
-
-
-def compare(
-    test: FloatArray,
-    reference: Sequence[FloatArray],
-    tica: TicaModel | None,
-    log_weights: FloatArray | None = None,
-) -> dict[str, float]:
-    """Every metric of CA coordinates here, with `<name>_hit_rate` and `<name>_floor` of each JS.
-
-    Args:
-        test: (S, N, 3).
-        reference: (R, N, 3) of each replica.
-        tica: of the reference, if there is one.
-        log_weights: (S,).
-
-    Returns:
-        js_pwd, js_rg_per_residue, js_rg, js_tic, js_tic2d, rmse_contact, val_clash, val_break; of
-        a chain of fewer than four residues without js_pwd, without `tica` without its two.
-    """
-    whole = np.concatenate(reference)
-    figures = {
-        "rmse_contact": rmse_contact(test, whole, log_weights),
-        "val_clash": val_clash(test, log_weights),
-        "val_break": val_break(test, log_weights),
-    }
-    metrics: dict[str, Any] = {"js_rg_per_residue": js_rg_per_residue, "js_rg": js_rg}
-    if whole.shape[1] > 3:
-        metrics["js_pwd"] = js_pwd
-    found = {
-        name: (metric(test, whole, log_weights), noise_floor(metric, reference, len(test)))
-        for name, metric in metrics.items()
-    }
-    if tica:
-        first, second = (tica(half) for half in halves(reference))
-        first = first[thinned(len(first), len(test), 0)]
-        floor = _distance(js_channels(first, second))
-        found["js_tic"] = tica.js_tic(test, log_weights), floor
-        found["js_tic2d"] = tica.js_tic2d(test, log_weights), js_2d(first, second)
-    for name, (distance, floor) in found.items():
-        figures |= {
-            name: distance.js,
-            f"{name}_hit_rate": distance.hit_rate,
-            f"{name}_floor": floor.js,
-        }
-    return figures

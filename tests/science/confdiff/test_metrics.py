@@ -13,8 +13,9 @@ from scipy.spatial.transform import Rotation
 from scipy.stats import wasserstein_distance
 
 from sparring.launch.errors import SparringError
-from sparring.science.confdiff import coverage, metrics, structures
+from sparring.science.confdiff import comparison, coverage, metrics, structures, tica
 from sparring.science.confdiff.metrics import Distance
+from sparring.science.confdiff.tica import TicaModel
 
 LN2 = math.sqrt(math.log(2))
 
@@ -107,7 +108,7 @@ def test_pwd_and_both_rg() -> None:
 
 def test_tic_is_deeptimes() -> None:
     reference, test = [chains(300), chains(250, seed=1)], chains(100, seed=2)
-    model = metrics.TicaModel(reference, lag=5)
+    model = TicaModel(reference, lag=5)
     features = [metrics.pair_distances(x) for x in (*reference, test)]
     theirs = TICA(lagtime=5, dim=2, scaling="kinetic_map").fit(features[:2]).fetch_model()
     assert model(test) == pytest.approx(theirs.transform(features[2]))
@@ -162,13 +163,13 @@ def test_contacts_are_a_mean() -> None:
 
 def test_noise_floor_and_compare() -> None:
     reference = [chains(400), chains(400, seed=1), chains(400, seed=2), chains(400, seed=3)]
-    first, second = metrics.halves(reference)
+    first, second = comparison.halves(reference)
     assert len(first) == len(second) == 800
-    assert metrics.noise_floor(metrics.js_pwd, reference, 800) == metrics.js_pwd(first, second)
-    assert metrics.noise_floor(metrics.js_pwd, reference, 9999) == metrics.js_pwd(first, second)
-    before, after = metrics.halves(reference[:1])
+    assert comparison.noise_floor(metrics.js_pwd, reference, 800) == metrics.js_pwd(first, second)
+    assert comparison.noise_floor(metrics.js_pwd, reference, 9999) == metrics.js_pwd(first, second)
+    before, after = comparison.halves(reference[:1])
     assert np.array_equal(np.concatenate([before, after]), reference[0])
-    figures = metrics.compare(chains(150, seed=9), reference, metrics.TicaModel(reference, 5))
+    figures = comparison.compare(chains(150, seed=9), reference, TicaModel(reference, 5))
     assert {name for name in figures if name.endswith("_floor")} == {
         f"{name}_floor" for name in ("js_pwd", "js_rg", "js_rg_per_residue", "js_tic", "js_tic2d")
     }
@@ -176,32 +177,32 @@ def test_noise_floor_and_compare() -> None:
     assert all(math.isfinite(x) for x in figures.values())
     wobble = 0.01 * np.random.default_rng(0).standard_normal((200, 3, 3))
     moving = [chains(length=3, seed=1) + wobble]
-    three = metrics.compare(chains(length=3), moving, metrics.TicaModel(moving, 2))
+    three = comparison.compare(chains(length=3), moving, TicaModel(moving, 2))
     assert "js_tic" in three
     assert "js_pwd" not in three
-    assert "js_tic" not in metrics.compare(chains(length=2), [chains(length=2, seed=1)], None)
+    assert "js_tic" not in comparison.compare(chains(length=2), [chains(length=2, seed=1)], None)
 
 
 def test_ensembles_compare_at_one_number() -> None:
     """Fewer draws of the same law are farther from it, those of a floor too."""
     draws = np.random.default_rng(0).normal(size=(3, 4000, 6, 3))
     first, second = draws[:2]
-    model = draws[2][metrics.thinned(4000, 200, 1)]
-    floor = metrics.noise_floor(metrics.js_pwd, [first, second], 200).js
-    assert floor == metrics.js_pwd(first[metrics.thinned(4000, 200, 0)], second).js
+    model = draws[2][comparison.thinned(4000, 200, 1)]
+    floor = comparison.noise_floor(metrics.js_pwd, [first, second], 200).js
+    assert floor == metrics.js_pwd(first[comparison.thinned(4000, 200, 0)], second).js
     assert metrics.js_pwd(model, second).js == pytest.approx(floor, rel=0.1)
-    assert metrics.noise_floor(metrics.js_pwd, [first, second], 4000).js < floor / 3
-    kept = metrics.thinned(10, 4, 3)
+    assert comparison.noise_floor(metrics.js_pwd, [first, second], 4000).js < floor / 3
+    kept = comparison.thinned(10, 4, 3)
     assert len(set(kept)) == 4
     assert (np.diff(kept) > 0).all()
-    assert np.array_equal(metrics.thinned(3, 4, 3), [0, 1, 2])
+    assert np.array_equal(comparison.thinned(3, 4, 3), [0, 1, 2])
 
 
 def test_tica_of_a_long_chain_sees_some_residues(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "TICA_RESIDUES", 3)
+    monkeypatch.setattr(tica, "TICA_RESIDUES", 3)
     ca = chains(300, 8) + 0.01 * np.random.default_rng(0).standard_normal((300, 8, 3))
-    model = metrics.TicaModel([ca], 2)
-    assert np.array_equal(model(ca), metrics.TicaModel([ca[:, ::3]], 2)(ca[:, ::3]))
+    model = TicaModel([ca], 2)
+    assert np.array_equal(model(ca), TicaModel([ca[:, ::3]], 2)(ca[:, ::3]))
 
 
 def test_superposition_is_mdtrajs() -> None:
@@ -328,7 +329,7 @@ def test_bad_ensembles() -> None:
     with pytest.raises(SparringError, match="3 residues has no pair 3 apart"):
         metrics.js_pwd(good[:, :3], good[:, :3])
     with pytest.raises(SparringError, match=r"a lag of 10 frames .* the longest has 10"):
-        metrics.TicaModel([good], 10)
+        TicaModel([good], 10)
     with pytest.raises(SparringError, match="at least three residues"):
-        metrics.TicaModel([good[:, :2]], 2)
+        TicaModel([good[:, :2]], 2)
     assert isinstance(metrics.js_rg(good, good), Distance)
