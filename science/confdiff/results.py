@@ -16,6 +16,7 @@ from sparring.launch.comparison import interval
 from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
 from sparring.launch.report import Chart, Section, Series, line_chart, write_page
+from sparring.launch.tables import aligned
 from sparring.science.confdiff.config import ConformationRecipe
 from sparring.science.confdiff.stages import EVALUATE
 
@@ -37,6 +38,11 @@ _SHOWN = (
     "structures",
 )
 """Columns of the table; all figures are in each evaluation's manifest."""
+_MOVED_NOTE = (
+    "how far guidance moves the base: 1 is the way from MD at {:g} K to MD at {:g} K, of js to its "
+    "noise floor"
+)
+_MOVED = ("js_pwd", "js_rg", "js_tic", "js_phi_psi", "energy", "energy_median")
 
 
 def folders(recipe: ConformationRecipe, run: Path) -> dict[str, list[Path]]:
@@ -128,29 +134,67 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
             if not some:
                 values.append("")
                 continue
-            mean, low, high = interval(some)
-            text = f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
+            text = _mean(some)
             hits = [one[f"{column}_hit_rate"] for one in runs if f"{column}_hit_rate" in one]
             values.append(text + (f" ({np.mean(hits):.3f})" if hits else ""))
         lines.append([name, *values, str(len(runs))])
     return lines
 
 
+def moved(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
+    """A heading line, then a line a guided arm: how far guidance moves the base's measures, as a
+    share of the way from MD that the base learnt from to MD at the target.
+
+    (base - arm) / (source - floor) of each seed, with 95 % t-intervals over seeds; for energies the
+    floor is the target's energy. 1: all the way, 0: nowhere.
+    """
+    found = folders(recipe, run)
+    rows = {name: figures(paths) for name, paths in found.items()}
+    source = next(iter(rows.values()))[0] if rows else {}
+    floor = _floor(rows) if rows else {}
+    base = next((arm.name for arm in recipe.arms if arm.guidance == "none"), "")
+    beside = {
+        p.parent.name: row for p, row in zip(found.get(base, ()), rows.get(base, ()), strict=True)
+    }
+    names = [n for n in _MOVED if floor.get(n, source.get(n)) != source.get(n)]
+    lines = [["guidance", *(name.replace("_", " ") for name in names), "seeds"]]
+    for arm in recipe.arms:
+        if arm.guidance == "none" or arm.name not in rows:
+            continue
+        seeds = zip(found[arm.name], rows[arm.name], strict=True)
+        pairs = [(beside[p.parent.name], row) for p, row in seeds if p.parent.name in beside]
+        shares = [
+            [(b[name] - a[name]) / (source[name] - floor[name]) for b, a in pairs if name in a]
+            for name in names
+        ]
+        if pairs:
+            lines.append([arm.name, *map(_mean, shares), str(len(pairs))])
+    return lines if len(lines) > 1 and names else []
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean over seeds with half of its 95 % t-interval, where there is one."""
+    if not values:
+        return ""
+    mean, low, high = interval(values)
+    return f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
+
+
 def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
-    """Figures by ensemble and seed, and the table as text."""
+    """Figures by ensemble and seed, and the tables as text."""
     lines = cells(recipe, run)
     if not lines:
         return {"ensembles": {}, "table": "nothing was evaluated yet"}
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = aligned(lines)
     text.append(
         f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83; hit: "
         "share of samples within the reference's range; energy shift: against base, over pairs "
         "with the same noise, trimmed by a twentieth at either end"
     )
+    if shares := moved(recipe, run):
+        text += ["", *aligned(shares), _MOVED_NOTE.format(recipe.md.temperature, recipe.target)]
     found = _with_shifts(recipe, folders(recipe, run))
-    return {"ensembles": found, "table": "\n".join(line.rstrip() for line in text)}
+    return {"ensembles": found, "table": "\n".join(text)}
 
 
 def _panels(path: Path) -> dict[str, Array]:
@@ -286,6 +330,10 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
             "with the same noise, trimmed by a twentieth at either end; ess: effective share."
         )
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
+    if shares := moved(recipe, run):
+        heading, *rest = shares
+        note = _MOVED_NOTE.format(recipe.md.temperature, recipe.target).capitalize()
+        sections.append(Section("Guidance", note=note + ".", columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
     shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
     sections.append(Section("Recipe", code=json.dumps(shown, indent=2)))

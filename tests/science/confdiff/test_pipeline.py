@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparring.launch import artifacts
 from sparring.launch.config import build
 from sparring.science.confdiff.config import (
     ConformationRecipe,
@@ -18,7 +19,7 @@ from sparring.science.confdiff.config import (
 )
 from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
-from sparring.science.confdiff.results import energy_shift
+from sparring.science.confdiff.results import energy_shift, moved
 
 ARMS = (
     ConformationSampleConfig(),
@@ -158,6 +159,29 @@ def test_a_shift_is_over_pairs_and_without_the_farthest(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "panels.npz", energy=energy, energy_of=of)
     assert energy_shift(tmp_path / "arm", tmp_path / "base") == pytest.approx(-3)
+
+
+def test_how_far_guidance_moves_the_base(tmp_path: Path) -> None:
+    def evaluated(place: str, js: float, energy: float) -> None:
+        output = tmp_path / place / "conf-evaluate"
+        output.mkdir(parents=True)
+        target = {"js_rg_floor": 0.1, "reference_energy": -20.0}
+        figures = {"js_rg": js, "energy": energy, **target}
+        facts = {"stage": "conf-evaluate", "seconds": 1.0, "figures": figures}
+        artifacts.complete(output, "key", facts)
+
+    recipe = dataclasses.replace(RECIPE, seeds=3)
+    evaluated("source", 0.2, -10.0)
+    assert moved(recipe, tmp_path) == [], "nothing to compare yet"
+    for seed, half in (("seed0", 0.0), ("seed2", 0.05)):  # seed1 is not there yet
+        evaluated(f"base/{seed}", 0.25, -5.0)
+        evaluated(f"force/{seed}", 0.15 + half, -10.0 + 10 * half)
+    evaluated("force/seed1", 9.0, 9.0)
+    heading, line = moved(recipe, tmp_path)
+    assert heading == ["guidance", "js rg", "energy", "seeds"]
+    means = [float(cell.split(" ± ")[0]) for cell in line[1:3]]
+    assert means == pytest.approx([0.75, 0.475])
+    assert (line[0], line[3]) == ("force", "2")
 
 
 def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
