@@ -33,14 +33,12 @@ _SHOWN = (
     "energy",
     "energy_median",
     "energy_shift",
-    "energy_std",
     "ess",
-    "structures",
 )
 """Columns of the table; all figures are in each evaluation's manifest."""
 _MOVED_NOTE = (
-    "how far guidance moves the base: 1 is the way from MD at {:g} K to MD at {:g} K, of js to its "
-    "noise floor"
+    "Share of the way that guidance moves the base: 1 is the way from MD at {:g} K to MD at "
+    "{:g} K, of js to its noise floor"
 )
 _MOVED = ("js_pwd", "js_rg", "js_tic", "js_phi_psi", "energy", "energy_median")
 
@@ -136,7 +134,7 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
                 continue
             text = _mean(some)
             hits = [one[f"{column}_hit_rate"] for one in runs if f"{column}_hit_rate" in one]
-            values.append(text + (f" ({np.mean(hits):.3f})" if hits else ""))
+            values.append(text + (f" ({np.mean(hits):.3g})" if hits else ""))
         lines.append([name, *values, str(len(runs))])
     return lines
 
@@ -177,7 +175,9 @@ def _mean(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean, low, high = interval(values)
-    return f"{mean:.4g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
+    text = f"{mean:.3g}" if abs(mean) < 1 else f"{mean:.4g}"
+    half = (high - low) / 2
+    return text + (f" ± {half:.2g}" if half > 1e-9 * abs(mean) else "")
 
 
 def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     if shares := moved(recipe, run):
         heading, *rest = shares
-        note = _MOVED_NOTE.format(recipe.md.temperature, recipe.target).capitalize()
+        note = _MOVED_NOTE.format(recipe.md.temperature, recipe.target)
         sections.append(Section("Guidance", note=note + ".", columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
     shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
