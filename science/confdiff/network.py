@@ -120,8 +120,10 @@ class FrameModel(PreTrainedModel):  # type: ignore[misc]
                 raise ValueError(f"{name} features are {given.shape[-1]} wide, not {wanted}")
         exact = torch.promote_types(self.dtype, torch.float32)
         rotations, translations = rotations.to(exact), translations.to(exact)
+        process = self.config.diffusion
+        noise = torch.stack([process.sigma(t), process.std(t)], -1).to(rotations)
         return self.trunk(  # type: ignore[no-any-return]
-            rotations, translations, t, mask, index, aatype, node, edge
+            rotations, translations, t, noise, mask, index, aatype, node, edge
         )
 
 

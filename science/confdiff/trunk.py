@@ -48,6 +48,20 @@ def bumps(distance: Tensor, width: int) -> Tensor:
     return torch.exp(-(((distance[..., None] - centres) / apart) ** 2) / 2)
 
 
+def poses(rotations: Tensor, translations: Tensor) -> Tensor:
+    """(B, N, N, 12) where each residue sees each other one: place and axes in its own frame.
+
+    Distances alone tell no orientation, and bumps as wide as 0.16 nm no bond. Places (nm) are
+    u 10 / (1 + |u|), with the resolution of ångströms near by and bounded far away.
+    """
+    with exact(rotations):
+        apart = translations[:, None] - translations[:, :, None]
+        place = torch.einsum("biyx,bijy->bijx", rotations, apart)
+        axes = torch.einsum("biyx,bjyz->bijxz", rotations, rotations).flatten(-2)
+    place = place * 10 / (1 + torch.linalg.vector_norm(place, dim=-1, keepdim=True))
+    return torch.cat([place, axes], -1)
+
+
 class Embedder(nn.Module):
     """Initial features of residues and pairs.
 
@@ -72,11 +86,12 @@ class Embedder(nn.Module):
         self.node_out = nn.LayerNorm(size.node)
         self.first = linear(size.node, size.edge, bias=False)
         self.second = linear(size.node, size.edge, bias=False)
-        self.edge = Mlp(3 * size.waves + edge_dim + size.edge, size.edge, size.edge)
+        self.edge = Mlp(3 * size.waves + 12 + edge_dim + size.edge, size.edge, size.edge)
         self.edge_out = nn.LayerNorm(size.edge)
 
     def forward(
         self,
+        rotations: Tensor,
         translations: Tensor,
         t: Tensor,
         index: Tensor,
@@ -99,6 +114,7 @@ class Embedder(nn.Module):
             time[:, :, None].expand(-1, -1, index.shape[1], -1),
             waves(index[:, :, None] - index[:, None], width, 2e3),
             bumps(torch.linalg.vector_norm(apart, dim=-1), width),
+            poses(rotations, translations),
             self.first(nodes)[:, :, None] + self.second(nodes)[:, None],
         ]
         if edge is not None:
@@ -142,7 +158,11 @@ class Mixer(nn.Module):
 
 
 class FrameUpdate(nn.Module):
-    """Moves each frame in its own axes: algorithm 23 of AlphaFold 2, translations in nm."""
+    """Moves each frame in its own axes: algorithm 23 of AlphaFold 2, in units of the noise.
+
+    At small t a prediction is x_t but for a hundredth of what moves at large t, and losses in units
+    of the score see errors as large as it: EDM's preconditioning (arXiv 2206.00364, §5).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -150,11 +170,14 @@ class FrameUpdate(nn.Module):
         self.six = nn.Sequential(nn.LayerNorm(width), linear(width, 6, 0.1))
 
     def forward(
-        self, node: Tensor, rotations: Tensor, translations: Tensor, mask: Tensor
+        self, node: Tensor, rotations: Tensor, translations: Tensor, mask: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B, N, 3, 3) and (B, N, 3)."""
         moves = (self.six(node) * mask[..., None]).to(rotations.dtype)
-        turn, shift = moves.chunk(2, -1)
+        turn, shift = (
+            move * size[:, None]
+            for move, size in zip(moves.chunk(2, -1), noise.chunk(2, -1), strict=True)
+        )
         with exact(rotations):
             return rotations @ quaternion_rotation(turn), translations + turned(rotations, shift)
 
@@ -204,11 +227,12 @@ class Block(nn.Module):
         translations: Tensor,
         mask: Tensor,
         initial: Tensor,
+        noise: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """New node, edge, rotations, translations."""
         node = self.mixer(node, edge, rotations, translations, mask, initial)
         if self.frames is not None:
-            rotations, translations = self.frames(node, rotations, translations, mask)
+            rotations, translations = self.frames(node, rotations, translations, mask, noise)
         if self.edges is not None:
             edge = self.edges(node, edge)
         return node, edge, rotations, translations
@@ -243,6 +267,7 @@ class Trunk(nn.Module):
         rotations: Tensor,
         translations: Tensor,
         t: Tensor,
+        noise: Tensor,
         mask: Tensor,
         index: Tensor,
         aatype: Tensor | None,
@@ -253,6 +278,7 @@ class Trunk(nn.Module):
         Args:
             rotations, translations: (B, N, 3, 3) and (B, N, 3) nm of x_t.
             t: (B,) in (0, 1].
+            noise: (B, 2) of x_t: sigma in radians and std in nm, the units of what moves.
             mask: (B, N) bool.
             index: (B, N) numbers of residues in their chain.
             aatype: (B, N) amino acids, 0 to 20; exactly if `sequence`.
@@ -261,10 +287,10 @@ class Trunk(nn.Module):
         Returns:
             node (B, N, C), edge (B, N, N, Z), rotations, translations, and the embedder's node.
         """
-        initial, pairs = self.embedder(translations, t, index, aatype, node, edge)
+        initial, pairs = self.embedder(rotations, translations, t, index, aatype, node, edge)
         nodes = initial = initial * mask[..., None]
         for block in self.blocks:
-            inputs = (nodes, pairs, rotations, translations, mask, initial)
+            inputs = (nodes, pairs, rotations, translations, mask, initial, noise)
             if self.gradient_checkpointing and self.training:
                 assert self._gradient_checkpointing_func is not None
                 outputs = self._gradient_checkpointing_func(block.__call__, *inputs)

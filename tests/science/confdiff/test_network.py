@@ -13,7 +13,7 @@ from torch import Tensor
 from sparring.launch.errors import SparringError
 from sparring.science.confdiff.frames import Frames
 from sparring.science.confdiff.heads import EnergyNetwork
-from sparring.science.confdiff.igso3 import exp_rotation
+from sparring.science.confdiff.igso3 import exp_rotation, log_rotation
 from sparring.science.confdiff.network import (
     ConformationConfig,
     ConformationNetwork,
@@ -22,7 +22,7 @@ from sparring.science.confdiff.network import (
 )
 from sparring.science.confdiff.process import Process
 from sparring.science.confdiff.sizes import SIZES, NetworkSize
-from sparring.science.confdiff.trunk import quaternion_rotation
+from sparring.science.confdiff.trunk import poses, quaternion_rotation
 
 SMALL = dataclasses.asdict(dataclasses.replace(SIZES["tiny"], blocks=2))
 
@@ -65,6 +65,31 @@ def test_equivariance() -> None:
     assert not torch.allclose(
         run(net, frames, {**given, "t": given["t"] / 2}).torsions, out.torsions
     )
+
+
+def test_moves_are_as_large_as_the_noise() -> None:
+    net, (frames, given) = network(), inputs()
+    process = net.config.diffusion
+    for t in (process.t_min, 0.05, 1.0):
+        given["t"] = torch.full((2,), t, dtype=torch.float64)
+        out = run(net, frames, given)
+        shift = (out.translations - frames.translations).square().mean().sqrt()
+        turn = log_rotation(frames.rotations.mT @ out.rotations).square().mean().sqrt()
+        assert 0.05 < float(shift / process.std(t)) < 10
+        assert 0.05 < float(turn / process.sigma(t)) < 10
+
+
+def test_pairs_see_places_and_axes_in_the_first_one_s_frame() -> None:
+    frames = Frames(exp_rotation(normal(1, 2, 3)), normal(1, 2, 3, seed=1))
+    seen = poses(frames.rotations, frames.translations)
+    away = frames.rotations[0, 0].T @ (frames.translations[0, 1] - frames.translations[0, 0])
+    torch.testing.assert_close(seen[0, 0, 1, :3], 10 * away / (1 + away.norm()))
+    turn = frames.rotations[0, 0].T @ frames.rotations[0, 1]
+    torch.testing.assert_close(seen[0, 0, 1, 3:].reshape(3, 3), turn)
+    itself = torch.cat([torch.zeros(3), torch.eye(3).ravel()]).to(seen)
+    torch.testing.assert_close(seen[0, 1, 1], itself)
+    far = poses(frames.rotations, 100 * frames.translations)
+    assert float(far[..., :3].norm(dim=-1).max()) < 10
 
 
 def test_a_mirror_image_is_another_thing() -> None:
