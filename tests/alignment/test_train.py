@@ -387,13 +387,19 @@ def test_a_half_written_checkpoint_is_not_loaded(new_run: Callable[..., Run]) ->
     ).read_bytes()
 
 
-def test_a_checkpoint_of_another_layout_is_not_loaded(new_run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(
+    "layout", [('"ranks": 1', '"ranks": 4'), ('"offload": false', '"offload": true')]
+)
+def test_a_checkpoint_of_another_layout_is_not_loaded(
+    new_run: Callable[..., Run], layout: tuple[str, str]
+) -> None:
     cut = new_run("cut", epochs=2)
     with pytest.raises(Stopped):
         cut(stop_after(2))
     (checkpoint,) = (cut.output / "work").glob("checkpoint-*")
     text = (checkpoint / "done").read_text()
-    (checkpoint / "done").write_text(text.replace('"ranks": 1', '"ranks": 4'))
+    assert layout[0] in text
+    (checkpoint / "done").write_text(text.replace(*layout))
     cut.events.clear()
     cut()
     assert cut.events[0]["done"] == 1
