@@ -175,9 +175,12 @@ class ConformationTrainConfig(TrainingConfig):
     sequence: bool = True
     """Tell the network the amino acids; without them it is the unconditional model of the
     mixture."""
-    t_min: float = 0.002
-    """Earliest time, where sampling ends, with 0.15 A of noise left in translations (the paper's
-    0.01: 0.45 A) and 6 degrees an axis in rotations, of which a smaller one takes little away."""
+    t_min: float = 0.0005
+    """Earliest time, where sampling ends, with 0.07 A of noise left in translations (the paper's
+    0.01: 0.45 A)."""
+    sigma_min: float = 0.02
+    """Radians of noise in rotations that are left at t = 0 (the paper's 0.1: 5.7 degrees, which
+    move a carbonyl's O by 0.3 A)."""
     times: Literal["uniform", "quadratic"] = "uniform"
     """How t is drawn: the paper's, or t_min + (1 - t_min) u^2, more often near the end."""
     loss: LossConfig = LossConfig()
@@ -187,6 +190,10 @@ class ConformationTrainConfig(TrainingConfig):
         positive("train.steps", self.steps)
         if not 0 < self.t_min < 0.5:
             raise ValueError(f"train.t_min is a time above 0 and below 0.5, not {self.t_min}")
+        if not 0 < self.sigma_min < 1:
+            raise ValueError(
+                f"train.sigma_min is an angle above 0 and below 1 radian, not {self.sigma_min}"
+            )
 
 
 @config

@@ -72,7 +72,7 @@ TRAIN = Stage(
     version="6",
     inputs={
         "data*": _ROWS,
-        "model?": "folder of a network to start from, of this sequence and t_min; its size stays",
+        "model?": "folder of a network to start from, of this sequence and noise; its size stays",
         "representations?": ".npz file of pretrained arrays, see docs/science/confdiff.md",
     },
     packages=(*_TORCH, "transformers", "deepspeed", "accelerate"),

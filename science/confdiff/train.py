@@ -232,7 +232,7 @@ def new_network(
         sequence=settings.sequence,
         node_dim=representations.node_dim if representations else 0,
         edge_dim=representations.edge_dim if representations else 0,
-        process=dataclasses.asdict(Process(t_min=settings.t_min)),
+        process=dataclasses.asdict(Process(t_min=settings.t_min, sigma_min=settings.sigma_min)),
     )
     return ConformationNetwork(config)
 
@@ -244,6 +244,7 @@ def _check_settings(
     for name, asked, has in (
         ("sequence", settings.sequence, config.sequence),
         ("t_min", settings.t_min, config.diffusion.t_min),
+        ("sigma_min", settings.sigma_min, config.diffusion.sigma_min),
     ):
         if asked != has:
             raise SparringError(

@@ -141,6 +141,7 @@ def test_the_change_of_temperature_is_in_mol_per_kj() -> None:
         ({"target": 0}, "target must be"),
         ({"train": {"steps": 0}}, "steps must be"),
         ({"train": {"t_min": 0}}, "t_min is a time"),
+        ({"train": {"sigma_min": 1.5}}, "sigma_min is an angle"),
         ({"guide": {"anchor": -1}}, "anchor"),
         ({"guide": {"contrast": 1}}, "contrast"),
     ],

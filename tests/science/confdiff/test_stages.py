@@ -243,6 +243,7 @@ def test_networks_that_do_not_mix_are_refused(
     for option, message in (
         (("--sequence", "False"), "sequence = True, which training goes on with, not False"),
         (("--t-min", "0.3"), "which training goes on with, not 0.3; give --t-min"),
+        (("--sigma-min", "0.3"), "which training goes on with, not 0.3; give --sigma-min"),
     ):
         code, said = fails(capsys, *common, *option)
         assert (code, message in said) == (1, True)
