@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from sparring.alignment.health import health_sections
 from sparring.alignment.rows import Prompt, Response
 from sparring.launch import artifacts
 from sparring.launch.artifacts import Artifact
-from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
-from sparring.launch.report import Chart, Section, Series, line_chart, write_page
+from sparring.launch.report import Chart, Section, Series, line_chart, recipe_section, write_page
 from sparring.launch.rows import read_rows
 from sparring.launch.tables import aligned, cell
 
@@ -278,13 +276,12 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         rows=lines,
         charts=_charts(rows),
     )
-    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
     sections = [held_out, *_cross_play(rows)]
     sections += [Section("Training", charts=list(_training(recipe, run))), *_health(recipe, run)]
     samples = _samples(recipe, run)
     if samples:
         sections.append(samples)
-    sections += [_steps(run), Section("Recipe", code=json.dumps(shown, indent=2))]
+    sections += [_steps(run), recipe_section(recipe)]
     momentum = f", APO momentum {recipe.momentum.alpha}" if recipe.momentum.active else ""
     chosen = algorithm(recipe.algorithm)
     return write_page(

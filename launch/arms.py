@@ -12,9 +12,8 @@ from typing import Any
 
 from sparring.launch import artifacts, comparison
 from sparring.launch.comparison import COMPARE, CompareConfig
-from sparring.launch.config import plain
 from sparring.launch.errors import UsageError
-from sparring.launch.report import Section, Series, line_chart, write_page
+from sparring.launch.report import Section, Series, line_chart, recipe_section, write_page
 from sparring.launch.seeds import derive
 from sparring.launch.stages import Stage, Step, numbered
 
@@ -105,8 +104,7 @@ class ArmsPipeline(ABC):
         if artifacts.read(folder) is not None:
             found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
             sections.append(_comparison(found))
-        shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
-        sections += [self._steps(recipe, run), Section("Recipe", code=json.dumps(shown, indent=2))]
+        sections += [self._steps(recipe, run), recipe_section(recipe)]
         return write_page(
             run / "report.html", title=recipe.name, lead=self.lead(recipe), sections=sections
         )

@@ -219,6 +219,11 @@ def plain(value: Any, *, resources: bool = True) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def without_launch(recipe: Any, *, resources: bool = True) -> dict[str, Any]:
+    """A recipe as plain data, but for how it is launched, which is no part of what it computes."""
+    return {k: v for k, v in plain(recipe, resources=resources).items() if k != "launch"}
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two plain configurations differ, as "key: old -> new"."""
     if isinstance(old, dict) and isinstance(new, dict):

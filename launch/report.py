@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring.launch.artifacts import write_atomically
+from sparring.launch.config import without_launch
 
 # What matplotlib writes into a drawing about itself: a date, and links to vocabularies.
 _METADATA = ("Date", "Creator", "Format", "Type")
@@ -144,6 +146,11 @@ def png(data: bytes, *, caption: str) -> Chart:
     return Chart(
         Markup('<img alt="{}" src="data:image/png;base64,{}">').format(caption, source), caption
     )
+
+
+def recipe_section(recipe: Any) -> Section:
+    """All of a recipe but for its launch, as a report's last section."""
+    return Section("Recipe", code=json.dumps(without_launch(recipe), indent=2))
 
 
 def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from sparring.launch import artifacts, stages
 from sparring.launch.artifacts import Artifact
-from sparring.launch.config import build, differences, plain, read_toml
+from sparring.launch.config import build, differences, plain, read_toml, without_launch
 from sparring.launch.errors import SparringError, Stopped, UsageError
 from sparring.launch.progress import Reporter
 from sparring.launch.stages import LaunchConfig, Stage, Step
@@ -142,7 +142,7 @@ def claim(folder: Path, recipe: Any, *, changed: bool = False) -> None:
     path = folder / RUN_FILE
     if path.exists():
         old = _deciding(type(recipe), json.loads(path.read_text())["recipe"])
-        different = differences(old, _without_launch(recipe, resources=False))
+        different = differences(old, without_launch(recipe, resources=False))
         if different and not changed:
             raise SparringError(
                 f"{folder} belongs to another recipe:\n  "
@@ -154,18 +154,13 @@ def claim(folder: Path, recipe: Any, *, changed: bool = False) -> None:
         raise SparringError(
             f"{folder} is not empty and is no run of sparring; choose another --out"
         )
-    artifacts.write_json(path, {"recipe": _without_launch(recipe)})
-
-
-def _without_launch(recipe: Any, *, resources: bool = True) -> dict[str, Any]:
-    # How a run is launched may change between two calls: it is not part of what it computes.
-    return {k: v for k, v in plain(recipe, resources=resources).items() if k != "launch"}
+    artifacts.write_json(path, {"recipe": without_launch(recipe)})
 
 
 def _deciding(recipe: type, data: dict[str, Any]) -> dict[str, Any]:
     """A recorded recipe without memory and speed, which may change too."""
     try:
-        return _without_launch(build(recipe, data, RUN_FILE), resources=False)
+        return without_launch(build(recipe, data, RUN_FILE), resources=False)
     except UsageError:  # of another pipeline, or recorded by another version
         return data
 

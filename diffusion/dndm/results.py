@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from sparring.diffusion.dndm.rows import SampledText
 from sparring.diffusion.dndm.stages import EVALUATE_TEXT, SAMPLE_TEXT, TRAIN_TEXT
 from sparring.launch import artifacts
 from sparring.launch.comparison import interval
-from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
-from sparring.launch.report import Chart, Section, Series, line_chart, write_page
+from sparring.launch.report import Chart, Section, Series, line_chart, recipe_section, write_page
 from sparring.launch.rows import read_rows
 
 _COST = ("nfe", "row_evaluations", "seconds", "batches")
@@ -131,9 +129,8 @@ def write_report(recipe: TextRecipe, run: Path) -> Path:
                 charts=_charts(rows),
             )
         )
-    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
     sections += [_texts(recipe, run), _training(run)]
-    sections.append(Section("Recipe", code=json.dumps(shown, indent=2)))
+    sections.append(recipe_section(recipe))
     lead = (
         f"Discrete diffusion of {recipe.data.source} with {recipe.process.noise} noise, "
         f"{recipe.train.steps} training steps, {len(recipe.samplers)} samplers, seed {recipe.seed}"

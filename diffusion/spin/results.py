@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 from sparring.diffusion.spin.config import ImageRecipe
 from sparring.diffusion.spin.rows import Picture, Sample
 from sparring.launch import artifacts
-from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
-from sparring.launch.report import Chart, Section, Series, line_chart, png, write_page
+from sparring.launch.report import (
+    Chart,
+    Section,
+    Series,
+    line_chart,
+    png,
+    recipe_section,
+    write_page,
+)
 from sparring.launch.rows import read_rows
 from sparring.launch.tables import aligned, cell
 
@@ -139,10 +145,9 @@ def write_report(recipe: ImageRecipe, run: Path) -> Path:
         rows=lines,
         charts=list(_charts(rows)),
     )
-    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
     sections = [section for section in (_grid(recipe, run),) if section] + [held_out]
     sections += [Section("Training", charts=list(_training(recipe, run)))]
-    sections += [Section("Recipe", code=json.dumps(shown, indent=2))]
+    sections += [recipe_section(recipe)]
     lead = (
         f"{recipe.algorithm}, {recipe.iterations} iterations from {recipe.model.path}, seed "
         f"{recipe.seed}"

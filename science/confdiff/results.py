@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from scipy.stats import trim_mean
 
 from sparring.launch import artifacts
 from sparring.launch.comparison import interval
-from sparring.launch.config import plain
 from sparring.launch.metrics import read_metrics
-from sparring.launch.report import Chart, Section, Series, line_chart, write_page
+from sparring.launch.report import Chart, Section, Series, line_chart, recipe_section, write_page
 from sparring.launch.tables import aligned
 from sparring.science.confdiff.config import ConformationRecipe
 from sparring.science.confdiff.stages import EVALUATE
@@ -335,8 +333,7 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         note = _MOVED_NOTE.format(recipe.md.temperature, recipe.target)
         sections.append(Section("Guidance", note=note + ".", columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
-    shown = {key: value for key, value in plain(recipe).items() if key != "launch"}
-    sections.append(Section("Recipe", code=json.dumps(shown, indent=2)))
+    sections.append(recipe_section(recipe))
     lead = (
         f"Conformations of {recipe.md.sequence}: a diffusion model of MD at "
         f"{recipe.md.temperature:g} K, guided to {recipe.target:g} K; seed {recipe.seed}"

@@ -40,13 +40,15 @@ class Maker:
         self.notes: list[str] = []
 
     def open(self) -> Any:
+        # A tracker of a service is waited for as long as it takes: the machine may be busy.
+        patience = tracking._PATIENCE if self.names == (OWN,) else None
         return tracking.tracking(
             self.names,
             "run",
             {"name": "run"},
             self.folder / "tracking",
             self.notes.append,
-            patience=tracking._PATIENCE,
+            patience=patience,
         )
 
     def rows(self, step: str, losses: list[float], *, key: str = "k", start: int = 0) -> Path:
