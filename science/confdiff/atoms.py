@@ -179,6 +179,24 @@ def frames_of(atoms: Tensor) -> Frames:
     return from_backbone(atoms[..., _N, :], atoms[..., _CA, :], atoms[..., _C, :])
 
 
+def rigid_frames(atoms: Tensor, types: Tensor) -> Frames:
+    """Frames (..., N) that stand for atoms (..., N, 14, 3): where ideal residues lie best.
+
+    Those of `frames_of`, turned in the plane of N, CA and C by half of what N-CA-C is wider than
+    the ideal angle, so that N and C each miss by that half. Of ideal residues both are the same.
+    Else all is missed by N, and atoms built from frames of a simulation (AAAAA, ff14SB, 400 K) have
+    phi off by -4.5 ± 7.5 degrees and psi by 2.6 ± 4.2, instead of -2.0 ± 3.9 and 1.0 ± 2.8.
+    """
+    frames = frames_of(atoms)
+    ideal = _tables(types.device, atoms.dtype).positions[types][..., _N, :]
+    real = frames.invert_apply(atoms[..., _N : _N + 1, :])[..., 0, :]
+    half = (_angle_in_plane(real) - _angle_in_plane(ideal)) / 2
+    zero, one = torch.zeros_like(half), torch.ones_like(half)
+    rows = [half.cos(), -half.sin(), zero, half.sin(), half.cos(), zero, zero, zero, one]
+    turn = torch.stack(rows, dim=-1).reshape(*half.shape, 3, 3)
+    return Frames(frames.rotations @ turn, frames.translations)
+
+
 def torsions_of(atoms: Tensor, types: Tensor, caps: Tensor | None = None) -> Tensor:
     """(..., N, 7) torsions in radians, NaN where undefined or where an atom is NaN.
 
@@ -304,6 +322,11 @@ def named_like(atoms: Tensor, reference: Tensor, types: Tensor) -> Tensor:
 def _one(frames: Frames, residue: int) -> Frames:
     """(...) frames of one residue of frames (..., N)."""
     return Frames(frames.rotations[..., residue, :, :], frames.translations[..., residue, :])
+
+
+def _angle_in_plane(points: Tensor) -> Tensor:
+    """(...) radians from the first axis to points (..., 3) of the plane of the first two."""
+    return torch.atan2(points[..., 1], points[..., 0])
 
 
 def _about_first(torsions: Tensor) -> Tensor:

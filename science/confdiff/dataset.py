@@ -123,13 +123,14 @@ class Dataset:
         self.rows = rows
         self.lengths = [len(row.sequence) for row in rows]
         self._representations = representations
-        self._frames, self._atoms, self._torsions = [], [], []
+        self._atoms, self._torsions = [], []
         for row in rows:
             atoms = torch.from_numpy(atoms_array(row))
             centre = atoms[:, 1].mean(0)
             self._atoms.append(atoms - centre)
             self._torsions.append(torch.from_numpy(torsions_array(row)))
-        self._frames = [atom14.frames_of(atoms) for atoms in self._atoms]
+        types = [atom14.types_of(row.sequence) for row in rows]
+        self._frames = [*map(atom14.rigid_frames, self._atoms, types)]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,8 +15,8 @@ from torch import Tensor
 class Frames:
     """One frame a residue: a point x of the residue's own axes lies at R x + T.
 
-    The origin is the residue's CA; N lies in the plane of the first two axes and C on the first
-    (:func:`from_backbone`), as in AlphaFold 2, algorithm 21.
+    The origin is the residue's CA; N lies in the plane of the first two axes and C, of an ideal
+    residue, on the first (:func:`from_backbone`), as in AlphaFold 2, algorithm 21.
     """
 
     rotations: Tensor

@@ -69,7 +69,7 @@ TRAIN = Stage(
     summary="train the network of the score on conformations",
     function=f"{_HERE}.train:run",
     config=ConformationTrainConfig,
-    version="6",
+    version="7",
     inputs={
         "data*": _ROWS,
         "model?": "folder of a network to start from, of this sequence and noise; its size stays",
@@ -82,7 +82,7 @@ GUIDE = Stage(
     summary="train a network of energy or force on labelled conformations",
     function=f"{_HERE}.guide:run",
     config=GuideConfig,
-    version="7",
+    version="8",
     inputs={
         "model": "folder of the base network, made by conf-train",
         "data*": f"{_ROWS}, with energies and a temperature",

@@ -66,6 +66,23 @@ def test_atoms_round_trip_in_float32_under_any_motion() -> None:
     assert int(filled[0].sum()) == sum(len(ATOMS[code]) for code in EVERY)
 
 
+def test_rigid_frames_share_a_wide_angle_between_n_and_c() -> None:
+    torsions = random_torsions(EVERY)
+    frames, atoms, _ = build(EVERY, torsions)
+    types = atom14.types_of(EVERY)
+    same = atom14.rigid_frames(atoms, types)
+    assert torch.allclose(same.rotations, frames.rotations, atol=1e-12)
+    # N turned away from C by 0.1 rad about the third axis of the frame.
+    wide = atoms.clone()
+    turn = roma.rotvec_to_rotmat(0.1 * frames.rotations[..., :, 2])
+    wide[..., 0, :] = (turn @ (atoms[..., 0, :] - atoms[..., 1, :])[..., None])[..., 0]
+    wide[..., 0, :] += atoms[..., 1, :]
+    found = atom14.rigid_frames(wide, types)
+    shift = roma.rotmat_to_rotvec(frames.rotations.mT @ found.rotations)
+    assert torch.allclose(shift, torch.tensor([0.0, 0, 0.05]).double().expand_as(shift), atol=1e-9)
+    assert torch.equal(found.translations, frames.translations)
+
+
 def test_backbone_torsions_are_mdtrajs() -> None:
     torsions = random_torsions(EVERY)
     _, atoms, caps = build(EVERY, torsions)
