@@ -34,6 +34,8 @@ _SHOWN = (
     "ess",
 )
 """Columns of the table; all figures are in each evaluation's manifest."""
+_HIT = 0.99
+"""Share of samples within the reference's range below which it stands beside a distance."""
 _MOVED_NOTE = (
     "Share of the way that guidance moves the base: 1 is the way from MD at {:g} K to MD at "
     "{:g} K, of js to its noise floor"
@@ -115,14 +117,7 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
         return []
     names = [n for n in _SHOWN if any(n in one for runs in rows.values() for one in runs)]
     rows = {f"MD {recipe.target:g} K, half against half": [_floor(rows)], **rows}
-    # A distance says little without the share of samples within the reference's range.
-    every = [one for runs in rows.values() for one in runs]
-    heads = [
-        name.replace("_", " ")
-        + (" (hit)" if any(f"{name}_hit_rate" in one for one in every) else "")
-        for name in names
-    ]
-    lines = [["ensemble", *heads, "seeds"]]
+    lines = [["ensemble", *(name.replace("_", " ") for name in names), "seeds"]]
     for name, runs in rows.items():
         values = []
         for column in names:
@@ -131,8 +126,9 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
                 values.append("")
                 continue
             text = _mean(some)
-            hits = [one[f"{column}_hit_rate"] for one in runs if f"{column}_hit_rate" in one]
-            values.append(text + (f" ({np.mean(hits):.3g})" if hits else ""))
+            # A distance says little of an ensemble that is out of the reference's range.
+            hits = np.mean([one.get(f"{column}_hit_rate", 1.0) for one in runs])
+            values.append(text + (f" ({hits:.2g})" if hits < _HIT else ""))
         lines.append([name, *values, str(len(runs))])
     return lines
 
@@ -185,9 +181,9 @@ def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
         return {"ensembles": {}, "table": "nothing was evaluated yet"}
     text = aligned(lines)
     text.append(
-        f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83; hit: "
-        "share of samples within the reference's range; energy shift: against base, over pairs "
-        "with the same noise, trimmed by a twentieth at either end"
+        f"all against MD at {recipe.target:g} K; js: Jensen-Shannon distance, 0 to 0.83 (share of "
+        f"samples within the reference's range, where below {_HIT}); energy shift: against base, "
+        "over pairs with the same noise, trimmed by a twentieth at either end"
     )
     if shares := moved(recipe, run):
         text += ["", *aligned(shares), _MOVED_NOTE.format(recipe.md.temperature, recipe.target)]
@@ -322,10 +318,11 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         heading, *rest = lines
         note = (
             f"Against MD at {recipe.target:g} K, on which nothing was trained. Means over seeds "
-            "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83), with the share of "
-            "samples within the reference's range (hit); energies in kJ/mol with hydrogens added "
-            "and side chains relaxed, the same for all; energy shift: against base, over pairs "
-            "with the same noise, trimmed by a twentieth at either end; ess: effective share."
+            "with 95 % t-intervals. js: Jensen-Shannon distances (0 to 0.83), in brackets the "
+            f"share of samples within the reference's range where it is below {_HIT}; energies in "
+            "kJ/mol with hydrogens added and side chains relaxed, the same for all; energy shift: "
+            "against base, over pairs with the same noise, trimmed by a twentieth at either end; "
+            "ess: effective share."
         )
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     if shares := moved(recipe, run):

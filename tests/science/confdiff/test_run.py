@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,5 +83,7 @@ def test_a_run_compares_its_arms(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (again["computed"], again["kept"]) == (0, found["computed"])
     assert main(["report", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
-    assert "js rg per residue (hit)" in shown
-    assert "js rg per residue (hit)" in page
+    for text in (shown, page):
+        assert "js rg per residue" in text
+        # Samples of a few steps are out of the reference's range, and it is said.
+        assert re.search(r"\d \(0\.\d", text)
