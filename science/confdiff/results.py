@@ -117,7 +117,8 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
         return []
     names = [n for n in _SHOWN if any(n in one for runs in rows.values() for one in runs)]
     rows = {f"MD {recipe.target:g} K, half against half": [_floor(rows)], **rows}
-    lines = [["ensemble", *(name.replace("_", " ") for name in names), "seeds"]]
+    lines = [["ensemble", *(name.replace("_", " ") for name in names)]]
+    arms = {arm.name for arm in recipe.arms}
     for name, runs in rows.items():
         values = []
         for column in names:
@@ -129,7 +130,8 @@ def cells(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
             # A distance says little of an ensemble that is out of the reference's range.
             hits = np.mean([one.get(f"{column}_hit_rate", 1.0) for one in runs])
             values.append(text + (f" ({hits:.2g})" if hits < _HIT else ""))
-        lines.append([name, *values, str(len(runs))])
+        missing = name in arms and len(runs) < recipe.seeds
+        lines.append([f"{name}, {len(runs)} of {recipe.seeds} seeds" if missing else name, *values])
     return lines
 
 
