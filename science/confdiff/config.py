@@ -179,8 +179,7 @@ class ConformationTrainConfig(TrainingConfig):
     """Earliest time, where sampling ends, with 0.07 A of noise left in translations (the paper's
     0.01: 0.45 A)."""
     sigma_min: float = 0.02
-    """Radians of noise in rotations that are left at t = 0 (the paper's 0.1: 5.7 degrees, which
-    move a carbonyl's O by 0.3 A)."""
+    """Radians of noise in rotations at t = 0 (the paper's 0.1 moves a carbonyl's O by 0.3 A)."""
     times: Literal["uniform", "quadratic"] = "uniform"
     """How t is drawn: the paper's, or t_min + (1 - t_min) u^2, more often near the end."""
     loss: LossConfig = LossConfig()

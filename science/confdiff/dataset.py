@@ -123,14 +123,13 @@ class Dataset:
         self.rows = rows
         self.lengths = [len(row.sequence) for row in rows]
         self._representations = representations
-        self._atoms, self._torsions = [], []
+        self._frames, self._atoms, self._torsions = [], [], []
         for row in rows:
             atoms = torch.from_numpy(atoms_array(row))
-            centre = atoms[:, 1].mean(0)
-            self._atoms.append(atoms - centre)
+            atoms = atoms - atoms[:, 1].mean(0)
+            self._atoms.append(atoms)
+            self._frames.append(atom14.rigid_frames(atoms, atom14.types_of(row.sequence)))
             self._torsions.append(torch.from_numpy(torsions_array(row)))
-        types = [atom14.types_of(row.sequence) for row in rows]
-        self._frames = [*map(atom14.rigid_frames, self._atoms, types)]
 
     def __len__(self) -> int:
         return len(self.rows)

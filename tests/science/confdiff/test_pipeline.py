@@ -19,7 +19,7 @@ from sparring.science.confdiff.config import (
 )
 from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
-from sparring.science.confdiff.results import energy_shift, moved
+from sparring.science.confdiff.results import cells, energy_shift, moved
 
 ARMS = (
     ConformationSampleConfig(),
@@ -166,6 +166,7 @@ def test_how_far_guidance_moves_the_base(tmp_path: Path) -> None:
     def evaluated(place: str, js: float, energy: float) -> None:
         output = tmp_path / place / "conf-evaluate"
         output.mkdir(parents=True)
+        np.savez(output / "panels.npz", energy=[energy], energy_of=[0.0])
         target = {"js_rg_floor": 0.1, "reference_energy": -20.0}
         figures = {"js_rg": js, "energy": energy, **target}
         facts = {"stage": "conf-evaluate", "seconds": 1.0, "figures": figures}
@@ -183,6 +184,8 @@ def test_how_far_guidance_moves_the_base(tmp_path: Path) -> None:
     means = [float(cell.split(" ± ")[0]) for cell in line[1:3]]
     assert means == pytest.approx([0.75, 0.475])
     assert (line[0], line[3]) == ("force", "2")
+    names = [line[0] for line in cells(recipe, tmp_path)]
+    assert names[-2:] == ["base, 2 of 3 seeds", "force"]
 
 
 def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
