@@ -13,11 +13,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=sparring-%j.log
 
+trap 'kill -TERM $!' TERM  # the signal comes to this shell alone
 sparring run "$@" --launch.slurm --launch.processes "${RANKS:-${SLURM_GPUS_ON_NODE:-1}}" &
-run=$!
-trap 'kill -TERM "$run"' TERM  # the signal comes to this shell alone
-wait "$run"
-wait "$run"  # the first one ends when the trap is called
+wait $!
+wait $!  # the first one ends when the trap is called
 code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -433,6 +433,6 @@ while true; do sleep 0.1; done
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(20) == 75
+    assert process.wait(120) == 75
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
