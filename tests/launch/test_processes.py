@@ -22,7 +22,7 @@ from sparring.launch.processes import World
 from sparring.launch.stages import LaunchConfig, Step
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited too long"
@@ -187,7 +187,7 @@ def start_driver(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
 def test_stopping_the_driver_lets_the_stage_save(tmp_path: Path, number: signal.Signals) -> None:
     driver, stage = start_driver(tmp_path)
     driver.send_signal(number)
-    assert driver.wait(20) == Stopped.exit_code
+    assert driver.wait(120) == Stopped.exit_code
     assert (tmp_path / "one" / "work" / "saved0").read_text() == "yes"
     assert not alive(stage)
 
@@ -218,7 +218,7 @@ def test_all_ranks_have_time_to_save(tmp_path: Path) -> None:
     ranks = ["--num_gpus", "2", "--master_port", str(processes.free_port())]
 
     def interrupt() -> None:
-        until(lambda: all((tmp_path / f"up{rank}").exists() for rank in (0, 1)), 120)
+        until(lambda: all((tmp_path / f"up{rank}").exists() for rank in (0, 1)))
         time.sleep(0.5)  # the reader has their ids
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -240,7 +240,7 @@ def test_a_rank_that_stops_leaves_time_to_the_others(tmp_path: Path) -> None:
     work = tmp_path / "one" / "work"
 
     def interrupt() -> None:
-        until(lambda: all((work / f"pid{rank}").exists() for rank in (0, 1)), 120)
+        until(lambda: all((work / f"pid{rank}").exists() for rank in (0, 1)))
         for rank in (0, 1):  # as SLURM does; the driver learns of it from them
             os.kill(int((work / f"pid{rank}").read_text()), signal.SIGTERM)
 

@@ -102,7 +102,7 @@ def test_seeds_are_curves_of_their_own(maker: Maker, recorder: Any) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.time() + 20
+    end = time.time() + 120
     while not condition():
         assert time.time() < end, "waited too long"
         time.sleep(0.01)
