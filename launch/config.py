@@ -219,6 +219,27 @@ def plain(value: Any, *, resources: bool = True) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def memory_advice(config: Any) -> str:
+    """A line on what to change where a stage's memory ran out; "" if nothing is known."""
+    found, said = _resources(config), "settings of memory and speed, which change no result"
+    if not found:
+        found, said = {k: v for k, v in plain(config).items() if k == "batch"}, "a setting of memory"
+    values = ", ".join(f"{name} = {value}" for name, value in found.items())
+    return f"This stage has {said}: {values}" if found else ""
+
+
+def _resources(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields for memory or speed alone, by dotted key."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        part = getattr(value, f.name)
+        if is_resource(f):
+            found[f"{prefix}{f.name}"] = part
+        elif dataclasses.is_dataclass(part):
+            found |= _resources(part, f"{prefix}{f.name}.")
+    return found
+
+
 def without_launch(recipe: Any, *, resources: bool = True) -> dict[str, Any]:
     """A recipe as plain data, but for how it is launched, which is no part of what it computes."""
     return {k: v for k, v in plain(recipe, resources=resources).items() if k != "launch"}

@@ -28,6 +28,8 @@ EVENT = "@sparring "
 DEVICES = "SPARRING_VISIBLE_DEVICES"
 _GRACE = 60.0  # seconds that the other ranks have to end by themselves after one has failed
 _START = 300.0  # seconds the ranks of other hosts have to be there
+# Of torch on an accelerator and on a CPU, of Python, and of `killed`.
+_NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "run out of memory")
 
 
 @dataclass(frozen=True)
@@ -202,13 +204,14 @@ def run(
     errors: Path,
     environment: Mapping[str, str],
     on_event: Callable[[dict[str, Any]], None],
+    advice: str = "",
     grace: float = 60.0,
     lease: Lease | None = None,
 ) -> None:
     """Run a stage's processes to the end; their output goes to `log`, their events to `on_event`.
 
     Asked to stop, ranks have `grace` seconds to save. Those on other hosts are told by `lease` what
-    those here learn from signals.
+    those here learn from signals. `advice` is given where memory ran out.
 
     Raises:
         SparringError: a rank failed; the message is that of the rank that failed first.
@@ -246,7 +249,9 @@ def run(
         raise Stopped("stopped; run the same command again to go on")
     if code:
         missing = lease.missing(reader.up) if lease else []
-        raise SparringError(_failure(code, log, errors, reader, missing))
+        text = _failure(code, log, errors, reader, missing)
+        ran_out = any(word in text for word in _NO_MEMORY)
+        raise SparringError(f"{text}\n{advice}".rstrip() if ran_out else text)
 
 
 def _wait(
@@ -282,6 +287,12 @@ def _lost(hosts: Sequence[str]) -> str:
     )
 
 
+def killed(number: int) -> str:
+    """What is said of a process that died of a signal."""
+    hint = "; the host may have run out of memory" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{hint}"
+
+
 def record_error(errors: Path, rank: int, error: BaseException) -> None:
     """Keep a rank's last exception where the driver finds it."""
     import traceback
@@ -302,7 +313,7 @@ def _failure(
             return reader.error
         if missing and reader.up:
             return f"no rank was started on {', '.join(missing)}; the output is in {log}"
-        ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        ending = f"was {killed(-code)}" if code < 0 else f"ended with exit code {code}"
         last = f"; its last line is: {reader.last}" if reader.last else ""
         return f"the stage {ending} and left no message; its output is in {log}{last}"
     first, rank = min(records, key=lambda item: item[0]["time"])

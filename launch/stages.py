@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from sparring.launch import artifacts, hosts, processes
 from sparring.launch.artifacts import Artifact
-from sparring.launch.config import build, config, plain
+from sparring.launch.config import build, config, memory_advice, plain
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.hosts import Hosts
 from sparring.launch.lease import Lease
@@ -381,6 +381,7 @@ def _run_ranks(
         errors=errors,
         environment={"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **_devices(place)},
         on_event=on_event,
+        advice=memory_advice(step.config),
         grace=launch.grace,
         lease=None
         if place.reach == "here"

@@ -43,10 +43,8 @@ def watched(path: Path, world: World) -> int:
     with _signs(path, world.rank):
         code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
         death = SparringError(
-            f"rank {world.rank} on {socket.gethostname()} was killed by {name}{hint}"
+            f"rank {world.rank} on {socket.gethostname()} was {processes.killed(-code)}"
         )
         processes.record_error(path.parent / "errors", world.rank, death)
         return 1

@@ -13,6 +13,7 @@ from sparring.launch.config import (
     build,
     config,
     differences,
+    memory_advice,
     parse,
     plain,
     read_toml,
@@ -198,3 +199,33 @@ def test_checking_a_recipe_imports_no_model_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@config
+class Training:
+    offload: bool = resource(default=False)
+    lr: float = 1.0
+
+
+@config
+class Trainer:
+    train: Training = Training()
+    batch: int = 64
+    micro_batch: int = resource(default=4)
+
+
+@config
+class Sampler:
+    batch: int = 100
+
+
+@config
+class Bare:
+    lr: float = 1.0
+
+
+def test_advice_on_memory_names_what_changes_no_result_or_else_the_batch() -> None:
+    advice = memory_advice(Trainer())
+    assert advice.endswith("which change no result: train.offload = False, micro_batch = 4")
+    assert memory_advice(Sampler()) == "This stage has a setting of memory: batch = 100"
+    assert memory_advice(Bare()) == ""

@@ -67,8 +67,24 @@ def test_the_same_in_the_driver(tmp_path: Path) -> None:
 
 
 def test_killed_by_a_signal(tmp_path: Path) -> None:
-    with pytest.raises(SparringError, match=r"killed by signal 9 .*its output is in .*one\.log"):
+    with pytest.raises(SparringError, match=r"killed by SIGKILL; .*its output is in .*one\.log"):
         execute(tmp_path, "kill")
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"), [("greedy", "allocate memory"), ("kill", "out of memory")]
+)
+def test_where_memory_runs_out_its_settings_are_named(tmp_path: Path, mode: str, why: str) -> None:
+    with pytest.raises(SparringError, match=why) as caught:
+        execute(tmp_path, mode)
+    advice = "This stage has settings of memory and speed, which change no result: memory = 1"
+    assert str(caught.value).splitlines()[-1] == advice
+
+
+def test_other_failures_say_nothing_of_memory(tmp_path: Path) -> None:
+    with pytest.raises(SparringError) as caught:
+        execute(tmp_path, "bug")
+    assert "memory" not in str(caught.value)
 
 
 def test_an_error_for_users_is_its_message_alone(tmp_path: Path) -> None:
@@ -107,7 +123,7 @@ def test_an_old_error_is_not_told_again(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "write_job", deadly)
-        with pytest.raises(SparringError, match="killed by signal 9"):
+        with pytest.raises(SparringError, match="killed by SIGKILL"):
             stages.execute(
                 step, {}, tmp_path / "one", LaunchConfig(), logs=tmp_path, on_event=lambda _: None
             )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sparring.launch.config import config, resource
 from sparring.launch.errors import SparringError, Stopped
 from sparring.launch.stages import Context, Figures, LaunchConfig, Stage, Step
@@ -40,6 +42,8 @@ def add(config: Add, inputs: Mapping[str, Path], output: Path, context: Context)
         raise SparringError("the toy is broken; buy another")
     if config.mode == "bug":
         raise ValueError("an unexpected toy")
+    if config.mode == "greedy":
+        torch.empty(10**15)
     if config.mode == "deaf":  # asked to stop, and goes on to its end
         os.kill(os.getpid(), signal.SIGTERM)
     if config.mode == "wait":
