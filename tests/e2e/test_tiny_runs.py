@@ -97,7 +97,7 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    end = time.time() + 60
+    end = time.time() + 120
     while not condition():
         assert process.is_alive(), "the command ended before the moment that was waited for"
         assert time.time() < end, "waited too long"
