@@ -223,7 +223,10 @@ def memory_advice(config: Any) -> str:
     """A line on what to change where a stage's memory ran out; "" if nothing is known."""
     found, said = _resources(config), "settings of memory and speed, which change no result"
     if not found:
-        found, said = {k: v for k, v in plain(config).items() if k == "batch"}, "a setting of memory"
+        found, said = (
+            {k: v for k, v in plain(config).items() if k == "batch"},
+            "a setting of memory",
+        )
     values = ", ".join(f"{name} = {value}" for name, value in found.items())
     return f"This stage has {said}: {values}" if found else ""
 

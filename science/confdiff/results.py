@@ -36,10 +36,6 @@ _SHOWN = (
 """Columns of the table; all figures are in each evaluation's manifest."""
 _HIT = 0.99
 """Share of samples within the reference's range below which it stands beside a distance."""
-_MOVED_NOTE = (
-    "Share of the way that guidance moves the base: 1 is the way from MD at {:g} K to MD at "
-    "{:g} K, of js to its noise floor"
-)
 _MOVED = ("js_pwd", "js_rg", "js_tic", "js_phi_psi", "energy", "energy_median")
 
 
@@ -140,7 +136,8 @@ def moved(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
     share of the way from MD that the base learnt from to MD at the target.
 
     (base - arm) / (source - floor) of each seed, with 95 % t-intervals over seeds; for energies the
-    floor is the target's energy. 1: all the way, 0: nowhere.
+    floor is the target's energy. 1: all the way, 0: nowhere. A JS that is below its floor already
+    at the source is left out.
     """
     found = folders(recipe, run)
     rows = {name: figures(paths) for name, paths in found.items()}
@@ -150,7 +147,7 @@ def moved(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
     beside = {
         p.parent.name: row for p, row in zip(found.get(base, ()), rows.get(base, ()), strict=True)
     }
-    names = [n for n in _MOVED if floor.get(n, source.get(n)) != source.get(n)]
+    names = [n for n in _MOVED if n in floor and _apart(n, source[n], floor[n])]
     lines = [["guidance", *(name.replace("_", " ") for name in names), "seeds"]]
     for arm in recipe.arms:
         if arm.guidance == "none" or arm.name not in rows:
@@ -164,6 +161,18 @@ def moved(recipe: ConformationRecipe, run: Path) -> list[list[str]]:
         if pairs:
             lines.append([arm.name, *map(_mean, shares), str(len(pairs))])
     return lines if len(lines) > 1 and names else []
+
+
+def _apart(name: str, source: float, floor: float) -> bool:
+    return source > floor if name.startswith("js") else source != floor
+
+
+def _moved_note(recipe: ConformationRecipe) -> str:
+    start, end = f"{recipe.md.temperature:g} K", f"{recipe.target:g} K"
+    return (
+        f"Share of the way that guidance moves the base: 1 is the way from MD at {start} to MD at "
+        f"{end}, of js to its noise floor; a js that is below its floor at {start} has no way to go"
+    )
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -188,7 +197,7 @@ def summary(recipe: ConformationRecipe, run: Path) -> dict[str, Any]:
         "over pairs with the same noise, trimmed by a twentieth at either end"
     )
     if shares := moved(recipe, run):
-        text += ["", *aligned(shares), _MOVED_NOTE.format(recipe.md.temperature, recipe.target)]
+        text += ["", *aligned(shares), _moved_note(recipe)]
     found = _with_shifts(recipe, folders(recipe, run))
     return {"ensembles": found, "table": "\n".join(text)}
 
@@ -199,8 +208,17 @@ def _panels(path: Path) -> dict[str, Array]:
 
 
 def _density(values: Array, weights: Array, edges: Array) -> list[float]:
-    height, _ = np.histogram(values, bins=edges, weights=weights, density=True)
-    return [float(h) for h in height]
+    """Of all values, also of those outside the edges."""
+    height, _ = np.histogram(values, bins=edges, weights=weights)
+    return [float(h) for h in height / np.diff(edges) / weights.sum()]
+
+
+def typical_range(values: Array) -> tuple[float, float]:
+    """Where an ensemble's values are, without the few that are far away: the energy of a clash is
+    thousands of kJ/mol from the others. Of a normal law it is 4 standard deviations wide."""
+    low, first, third, high = (float(q) for q in np.quantile(values, (0.002, 0.25, 0.75, 0.998)))
+    reach = 2.5 * (third - first)
+    return max(low, first - reach), min(high, third + reach)
 
 
 def _distribution(panels: Mapping[str, dict[str, Array]], key: str, label: str) -> Chart | None:
@@ -208,9 +226,10 @@ def _distribution(panels: Mapping[str, dict[str, Array]], key: str, label: str) 
     given = {name: p for name, p in panels.items() if len(p[key])}
     if not given:
         return None
-    everything = np.concatenate([p[key] for p in given.values()])
-    low, high = (float(q) for q in np.quantile(everything, (0.002, 0.998)))
-    edges = np.linspace(low, high, 21 if min(len(p[key]) for p in given.values()) < 1000 else 41)
+    lows, highs = zip(*(typical_range(p[key]) for p in given.values()), strict=True)
+    edges = np.linspace(
+        min(lows), max(highs), 21 if min(len(p[key]) for p in given.values()) < 1000 else 41
+    )
     middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
     series = []
     for name, p in given.items():
@@ -329,7 +348,7 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     if shares := moved(recipe, run):
         heading, *rest = shares
-        note = _MOVED_NOTE.format(recipe.md.temperature, recipe.target)
+        note = _moved_note(recipe)
         sections.append(Section("Guidance", note=note + ".", columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
     sections.append(recipe_section(recipe))

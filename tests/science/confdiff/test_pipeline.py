@@ -19,7 +19,7 @@ from sparring.science.confdiff.config import (
 )
 from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
-from sparring.science.confdiff.results import cells, energy_shift, moved
+from sparring.science.confdiff.results import cells, energy_shift, moved, typical_range
 
 ARMS = (
     ConformationSampleConfig(),
@@ -167,8 +167,8 @@ def test_how_far_guidance_moves_the_base(tmp_path: Path) -> None:
         output = tmp_path / place / "conf-evaluate"
         output.mkdir(parents=True)
         np.savez(output / "panels.npz", energy=[energy], energy_of=[0.0])
-        target = {"js_rg_floor": 0.1, "reference_energy": -20.0}
-        figures = {"js_rg": js, "energy": energy, **target}
+        target = {"js_rg_floor": 0.1, "js_tic_floor": 0.3, "reference_energy": -20.0}
+        figures = {"js_rg": js, "js_tic": js, "energy": energy, **target}
         facts = {"stage": "conf-evaluate", "seconds": 1.0, "figures": figures}
         artifacts.complete(output, "key", facts)
 
@@ -180,12 +180,20 @@ def test_how_far_guidance_moves_the_base(tmp_path: Path) -> None:
         evaluated(f"force/{seed}", 0.15 + half, -10.0 + 10 * half)
     evaluated("force/seed1", 9.0, 9.0)
     heading, line = moved(recipe, tmp_path)
-    assert heading == ["guidance", "js rg", "energy", "seeds"]
+    assert heading == ["guidance", "js rg", "energy", "seeds"], "js tic has no way to go"
     means = [float(cell.split(" ± ")[0]) for cell in line[1:3]]
     assert means == pytest.approx([0.75, 0.475])
     assert (line[0], line[3]) == ("force", "2")
     names = [line[0] for line in cells(recipe, tmp_path)]
     assert names[-2:] == ["base, 2 of 3 seeds", "force"]
+
+
+def test_the_range_of_a_picture_is_without_what_is_far_away() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    low, high = typical_range(values)
+    assert (low, high) == pytest.approx((-2.9, 2.9), abs=0.4), "nearly all of a normal law"
+    values[:50] = 1e6
+    assert typical_range(values) == pytest.approx((-2.9, 4.0), abs=0.5)
 
 
 def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
