@@ -31,8 +31,9 @@ $(STAMP): requirements/$(SET).txt requirements/$(SET)-no-deps.txt requirements/d
 demo: install
 	$(BIN)/sparring demo
 
+# A test that hangs is ended and named.
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --timeout 1200
 
 test-all: install
 	$(PYTEST)

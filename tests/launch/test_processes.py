@@ -254,11 +254,12 @@ def test_all_ranks_have_time_to_save(tmp_path: Path) -> None:
 def test_a_rank_that_stops_leaves_time_to_the_others(tmp_path: Path) -> None:
     """DeepSpeed's launcher takes a rank that ends by any code but 0 for failed, and ends all."""
     work = tmp_path / "one" / "work"
+    paths = [work / f"pid{rank}" for rank in (0, 1)]
 
     def interrupt() -> None:
-        until(lambda: all((work / f"pid{rank}").exists() for rank in (0, 1)))
-        for rank in (0, 1):  # as SLURM does; the driver learns of it from them
-            os.kill(int((work / f"pid{rank}").read_text()), signal.SIGTERM)
+        until(lambda: all(path.exists() and path.read_text() != "" for path in paths))
+        for path in paths:  # as SLURM does; the driver learns of it from them
+            os.kill(int(path.read_text()), signal.SIGTERM)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped):
