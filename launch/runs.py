@@ -251,5 +251,5 @@ def describe(artifact: Artifact) -> str:
     for name, value in artifact.figures.items():
         if isinstance(value, (int, float, str)) and len(shown) < 4:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            shown.append(f"{name} {text}")
+            shown.append(f"{name} {text if len(text) <= 32 else text[:29] + '...'}")
     return f"{artifact.manifest['seconds']:6.1f} s   {', '.join(shown)}"
