@@ -230,7 +230,8 @@ def test_describe_shows_time_and_figures(toy: Any, tmp_path: Path) -> None:
     artifact = dataclasses.replace(artifact, manifest={**artifact.manifest, "seconds": 12.34})
     assert runs.describe(artifact) == "  12.3 s   total 3"
     figures = {"judge": "verifier/1 " + 90 * "x", "rows": 3}
-    line = runs.describe(dataclasses.replace(artifact, figures=figures))
+    manifest = {**artifact.manifest, "figures": figures}
+    line = runs.describe(dataclasses.replace(artifact, manifest=manifest))
     assert line == f"  12.3 s   judge verifier/1 {18 * 'x'}..., rows 3", "the line stays short"
 
 
