@@ -222,21 +222,18 @@ def plain(value: Any, *, resources: bool = True) -> Any:
 def memory_advice(config: Any) -> str:
     """A line on what to change where a stage's memory ran out; "" if nothing is known."""
     found, said = _resources(config), "settings of memory and speed, which change no result"
-    if not found:
-        found, said = (
-            {k: v for k, v in plain(config).items() if k == "batch"},
-            "a setting of memory",
-        )
+    if not found and (batch := getattr(config, "batch", None)):
+        found, said = {"batch": batch}, "a setting of memory"
     values = ", ".join(f"{name} = {value}" for name, value in found.items())
     return f"This stage has {said}: {values}" if found else ""
 
 
 def _resources(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Fields for memory or speed alone, by dotted key."""
+    """Numbers and switches for memory or speed alone, by dotted key; no folder of a cache."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(value):
         part = getattr(value, f.name)
-        if is_resource(f):
+        if is_resource(f) and not isinstance(part, str):
             found[f"{prefix}{f.name}"] = part
         elif dataclasses.is_dataclass(part):
             found |= _resources(part, f"{prefix}{f.name}.")

@@ -28,8 +28,8 @@ EVENT = "@sparring "
 DEVICES = "SPARRING_VISIBLE_DEVICES"
 _GRACE = 60.0  # seconds that the other ranks have to end by themselves after one has failed
 _START = 300.0  # seconds the ranks of other hosts have to be there
-# Of torch on an accelerator and on a CPU, of Python, and of `killed`.
-_NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "run out of memory")
+# Of torch on an accelerator and of `killed`, of Python, and of torch on a CPU.
+_NO_MEMORY = ("out of memory", "MemoryError", "can't allocate memory")
 
 
 @dataclass(frozen=True)

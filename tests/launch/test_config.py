@@ -204,6 +204,7 @@ def test_checking_a_recipe_imports_no_model_code() -> None:
 @config
 class Training:
     offload: bool = resource(default=False)
+    cache: str = resource(default="")
     lr: float = 1.0
 
 

@@ -72,7 +72,13 @@ def test_killed_by_a_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "why"), [("greedy", "allocate memory"), ("kill", "out of memory")]
+    ("mode", "why"),
+    [
+        ("greedy", "can't allocate memory"),
+        ("gpu", "CUDA out of memory"),
+        ("python", "MemoryError"),
+        ("kill", "the host may have run out of memory"),
+    ],
 )
 def test_where_memory_runs_out_its_settings_are_named(tmp_path: Path, mode: str, why: str) -> None:
     with pytest.raises(SparringError, match=why) as caught:

@@ -44,6 +44,10 @@ def add(config: Add, inputs: Mapping[str, Path], output: Path, context: Context)
         raise ValueError("an unexpected toy")
     if config.mode == "greedy":
         torch.empty(10**15)
+    if config.mode == "gpu":  # as torch says it where there is one
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    if config.mode == "python":
+        bytearray(2**62)
     if config.mode == "deaf":  # asked to stop, and goes on to its end
         os.kill(os.getpid(), signal.SIGTERM)
     if config.mode == "wait":
