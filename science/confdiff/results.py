@@ -207,7 +207,7 @@ def _panels(path: Path) -> dict[str, Array]:
         return {name: data[name] for name in data.files}
 
 
-def _density(values: Array, weights: Array, edges: Array) -> list[float]:
+def density(values: Array, weights: Array, edges: Array) -> list[float]:
     """Of all values, also of those outside the edges."""
     height, _ = np.histogram(values, bins=edges, weights=weights)
     return [float(h) for h in height / np.diff(edges) / weights.sum()]
@@ -227,14 +227,13 @@ def _distribution(panels: Mapping[str, dict[str, Array]], key: str, label: str) 
     if not given:
         return None
     lows, highs = zip(*(typical_range(p[key]) for p in given.values()), strict=True)
-    edges = np.linspace(
-        min(lows), max(highs), 21 if min(len(p[key]) for p in given.values()) < 1000 else 41
-    )
+    bins = 20 if min(len(p[key]) for p in given.values()) < 1000 else 40
+    edges = np.linspace(min(lows), max(highs), bins + 1)
     middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
     series = []
     for name, p in given.items():
         weights = p["weights"] if key != "energy" else p["energy_weights"]
-        series.append(Series(name, middle, _density(p[key], weights, edges)))
+        series.append(Series(name, middle, density(p[key], weights, edges)))
     return line_chart(series, x_label=label, y_label="density", caption=f"{label}; density")
 
 
@@ -348,8 +347,8 @@ def write_report(recipe: ConformationRecipe, run: Path) -> Path:
         sections.append(Section("Ensembles", note=note, columns=heading, rows=rest))
     if shares := moved(recipe, run):
         heading, *rest = shares
-        note = _moved_note(recipe)
-        sections.append(Section("Guidance", note=note + ".", columns=heading, rows=rest))
+        note = _moved_note(recipe) + "."
+        sections.append(Section("Guidance", note=note, columns=heading, rows=rest))
     sections += [*_pictures(recipe, run), _training(recipe, run)]
     sections.append(recipe_section(recipe))
     lead = (

@@ -19,7 +19,7 @@ from sparring.science.confdiff.config import (
 )
 from sparring.science.confdiff.md_stage import simulation
 from sparring.science.confdiff.pipeline import PIPELINE
-from sparring.science.confdiff.results import cells, energy_shift, moved, typical_range
+from sparring.science.confdiff.results import cells, density, energy_shift, moved, typical_range
 
 ARMS = (
     ConformationSampleConfig(),
@@ -194,6 +194,12 @@ def test_the_range_of_a_picture_is_without_what_is_far_away() -> None:
     assert (low, high) == pytest.approx((-2.9, 2.9), abs=0.4), "nearly all of a normal law"
     values[:50] = 1e6
     assert typical_range(values) == pytest.approx((-2.9, 4.0), abs=0.5)
+
+
+def test_a_density_counts_what_is_outside_the_picture() -> None:
+    values, weights = np.array([0.1, 1.0, 9.0]), np.array([1.0, 2.0, 1.0])
+    heights = density(values, weights, np.array([0.0, 0.5, 2.0]))
+    assert heights == pytest.approx([0.25 / 0.5, 0.5 / 1.5])
 
 
 def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
