@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from sparring.launch.commands import COMMANDS, STAGE_COMMANDS, joined, spoken, usage
+from sparring.launch.commands import COMMANDS, HELP, STAGE_COMMANDS, joined, spoken, usage
 from sparring.launch.errors import SparringError, Stopped, UsageError, defect
 
 _RESUME = "stopped; run the same command again to go on"
@@ -295,15 +295,15 @@ _HANDLERS: dict[str, Callable[[_Invocation], int]] = {
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    command, *rest = joined(arguments) or HELP[:1]
+    if command in HELP:
         print(usage())
         return 0
-    if arguments[0] == "--version":
+    if command == "--version":
         from sparring import __version__
 
         print(__version__)
         return 0
-    command, *rest = joined(arguments)
     if command not in _HANDLERS:
         import difflib
 

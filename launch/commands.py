@@ -45,6 +45,7 @@ COMMANDS = {
 _OTHERS = ("demo", "run", "plan", "report", "track", "recipes", "doctor")
 STAGE_COMMANDS = tuple(name for name in COMMANDS if name not in _OTHERS)
 
+HELP = ("--help", "-h", "help")
 _FAMILY = "conf"  # commands that are two words: `sparring conf md`
 
 
@@ -54,10 +55,13 @@ def spoken(command: str) -> str:
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a command of two words made one."""
-    if arguments[:1] == [_FAMILY]:
-        return ["-".join(arguments[:2]), *arguments[2:]]
-    return list(arguments)
+    """The arguments with a command of two words made one; its first word alone asks for help."""
+    words = list(arguments)
+    if words[:1] != [_FAMILY]:
+        return words
+    if len(words) == 1 or words[1] in HELP:
+        return ["--help"]
+    return ["-".join(words[:2]), *words[2:]]
 
 
 def usage() -> str:

@@ -68,6 +68,7 @@ def test_help_lists_every_command(sparring: Any) -> None:
     assert set(cli.COMMANDS) == set(cli._HANDLERS)
     assert all(f"\n  {cli.spoken(name)} " in out for name in cli.COMMANDS)
     assert sparring()[1] == sparring("-h")[1] == sparring("help")[1] == out
+    assert sparring("conf") == sparring("conf", "--help") == (0, out, "")
 
 
 def test_version(sparring: Any) -> None:
